@@ -1,0 +1,105 @@
+"""What the loop asks of the parts that it does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from mmalign.copies import Copies
+from mmalign.records import Evaluation, Outcome, Pick, Plan, Prompts, RewardSignal, Trajectory, Where
+
+Key = tuple[int | str, ...]  # names a stream of random numbers: (seed, purpose, iteration, ...)
+
+
+@dataclass
+class Forwards:
+    """Sample-forwards of the policy's network so far: one row of one batch counts 1, guidance doubles it.
+
+    train counts the forwards that gradients flow through; reference those of frozen copies; sample all others.
+    """
+
+    sample: int = 0
+    train: int = 0
+    reference: int = 0
+
+
+class Policy(Protocol):
+    """A model that samples, that can say how likely its actions were, and that knows where they lie.
+
+    module: the network that forwards run through; the trainer replaces it by its wrapped (DDP, FSDP) form.
+    """
+
+    module: nn.Module
+    copies: Copies
+    forwards: Forwards
+
+    def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
+        """Sample without gradients; equal keys and equal (group, member) give equal samples in any batch."""
+        ...
+
+    def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
+        """Split all unmasked actions of the samples `rows` [b] into forwards of at most `size` network rows."""
+        ...
+
+    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
+        """How likely the picked actions are under the present parameters, with gradients if enabled."""
+        ...
+
+    def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
+        """Footprint [B, U, S, *site] of units placed on the outcome, or broadcastable to it."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the trainable parameters in the format that the plain library loads."""
+        ...
+
+
+class RewardModel(Protocol):
+    """Scores outcomes, at whatever grain it can."""
+
+    name: str
+
+    def __call__(self, outcome: Outcome) -> RewardSignal: ...
+
+
+@runtime_checkable
+class LearnedReward(Protocol):
+    """A reward that is itself trained between updates of the policy, and whose state is checkpointed."""
+
+    name: str
+
+    def __call__(self, outcome: Outcome) -> RewardSignal: ...
+
+    def fit(self, outcome: Outcome) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict[str, object]: ...
+
+    def load_state_dict(self, state: dict[str, object]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters by peft, always kept in fp32."""
+
+    rank: int = 32  # raise it for more capacity, lower it for less memory; 0 trains all weights
+    alpha: int = 64  # scale of the adapter is alpha / rank
+    targets: tuple[str, ...] = ()  # module name endings; empty: the adapter's own list
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Which model is trained, and at what size and precision it runs."""
+
+    model: str  # local folder or hub id in diffusers format
+    height: int | None = None  # pixels; None: the model's own size
+    width: int | None = None
+    guidance: float = 1.0  # classifier-free guidance in sampling and training; 1 is off and halves the cost
+    negative_prompt: str = ""
+    max_sequence_length: int = 256  # tokens of the T5 encoder, where the family has one
+    precision: str = "fp32"  # fp32, bf16 or fp16 for the frozen weights and the forward pass
+    gradient_checkpointing: bool = False  # saves memory, costs a third more time in the update
+    lora: LoraSettings = field(default_factory=LoraSettings)

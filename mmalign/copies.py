@@ -1,0 +1,58 @@
+"""Frozen copies of the trainable parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Copies:
+    """Frozen copies of a module's trainable parameters, by name: the reference, the old policy, an average.
+
+    With LoRA a copy is as small as the adapter, and the copy taken before the first update is the base model, so no
+    second network is ever held.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._live = [p for p in module.parameters() if p.requires_grad]
+        self._saved: dict[str, list[Tensor]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._saved
+
+    def save(self, name: str) -> None:
+        """Remember the present values under `name`."""
+        self._saved[name] = [p.detach().clone() for p in self._live]
+
+    @torch.no_grad()
+    def follow(self, name: str, keep: float) -> None:
+        """Move a copy towards the live parameters: copy = keep * copy + (1 - keep) * live."""
+        for copy, live in zip(self._saved[name], self._live, strict=True):
+            copy.lerp_(live.detach(), 1 - keep)
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[None]:
+        """Run with a copy's values in place of the live ones; the live values come back whatever happens."""
+        if name not in self._saved:
+            raise KeyError(f"there is no copy named {name!r}; there are {sorted(self._saved)}")
+        live = [p.data for p in self._live]
+        try:
+            for p, copy in zip(self._live, self._saved[name], strict=True):
+                p.data = copy
+            yield
+        finally:
+            for p, data in zip(self._live, live, strict=True):
+                p.data = data
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        return self._saved
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        for name, tensors in state.items():
+            shapes = [tuple(t.shape) for t in tensors]
+            if shapes != [tuple(p.shape) for p in self._live]:
+                raise ValueError(f"copy {name!r} does not fit the trainable parameters of this model")
+            self._saved[name] = [t.to(p.device, p.dtype).clone() for t, p in zip(tensors, self._live, strict=True)]
