@@ -1,11 +1,15 @@
-"""The lab's letters: five columns by seven rows, every glyph as wide and as high as its box."""
+"""The lab's letters: five columns by seven rows of dots, every glyph as wide and as high as its box."""
 
 import numpy as np
+from scipy import ndimage
 
-from mmalign.lab.scenes import Word
+from mmalign.lab.scenes import CANVAS, Word
 
 COLUMNS, ROWS = 5, 7
-SPACE = 0.9  # between two letters, in columns
+FINE = 8  # points per dot and side that glyphs are drawn with
+BOLD = 1  # points a stroke is thickened by on every side, so that diagonals hold together
+WIDTH, HEIGHT = COLUMNS + 2 * BOLD / FINE, ROWS + 2 * BOLD / FINE  # of a letter, in dots
+SPACE = 0.95  # between two letters, in dots
 
 _DRAWN = {
     "a": "01110 10001 10001 11111 10001 10001 10001",
@@ -21,35 +25,40 @@ _DRAWN = {
     "t": "11111 00100 00100 00100 00100 00100 00100",
     "u": "10001 10001 10001 10001 10001 10001 01110",
 }
-GLYPHS = {
-    letter: np.array([[int(dot) for dot in row] for row in rows.split()], dtype=np.float32)
-    for letter, rows in _DRAWN.items()
-}
+
+
+def _drawn(rows: str) -> np.ndarray:
+    dots = np.array([[dot == "1" for dot in row] for row in rows.split()])
+    points = np.pad(dots.repeat(FINE, axis=0).repeat(FINE, axis=1), BOLD)
+    return ndimage.binary_dilation(points, np.ones((3, 3)), iterations=BOLD).astype(np.float32)
+
+
+GLYPHS = {letter: _drawn(rows) for letter, rows in _DRAWN.items()}
 
 
 def word_box(word: Word) -> tuple[float, float]:
     """Width and height of a drawn word in pixels of the 64 x 64 picture."""
     letters = len(word.text)
-    return (letters * COLUMNS + (letters - 1) * SPACE) * word.cell, ROWS * word.cell
+    return (letters * WIDTH + (letters - 1) * SPACE) * word.cell, HEIGHT * word.cell
 
 
-def coverage(edges: np.ndarray, pixels: int) -> np.ndarray:
-    """Share of every pixel that lies in every strip [n, 2] given by its two edges: [pixels, n]."""
+def coverage(start: float, step: float, count: int, pixels: int) -> np.ndarray:
+    """Share of every pixel that lies in each of `count` strips of width `step` from `start` on: [pixels, count]."""
     left = np.arange(pixels)[:, None]
-    overlap = np.minimum(edges[:, 1], left + 1) - np.maximum(edges[:, 0], left)
-    return overlap.clip(0, 1)
+    edges = start + step * np.arange(count + 1)
+    return (np.minimum(edges[1:], left + 1) - np.maximum(edges[:-1], left)).clip(0)
 
 
 def ink(word: Word, size: int) -> np.ndarray:
-    """Coverage [size, size] of every pixel by the strokes of the word, exact for axis-parallel dots."""
-    scale = size / 64
+    """Share of every pixel [size, size] that the strokes of the word cover."""
+    scale = size / CANVAS
     width, height = word_box(word)
-    left, top, cell = (word.x - width / 2) * scale, (word.y - height / 2) * scale, word.cell * scale
-    steps = np.arange(ROWS)[:, None] + np.array([0, 1])
-    down = coverage(top + cell * steps, size)
-    total = np.zeros((size, size), dtype=np.float32)
+    left, top = (word.x - width / 2) * scale, (word.y - height / 2) * scale
+    step, pitch = word.cell * scale / FINE, word.cell * scale * (WIDTH + SPACE)
+    total = np.zeros((size, size))
     for place, letter in enumerate(word.text):
-        start = left + cell * place * (COLUMNS + SPACE)
-        across = coverage(start + cell * (np.arange(COLUMNS)[:, None] + np.array([0, 1])), size)
-        total += down @ GLYPHS[letter] @ across.T
+        glyph = GLYPHS[letter]
+        down = coverage(top, step, glyph.shape[0], size)
+        across = coverage(left + place * pitch, step, glyph.shape[1], size)
+        total += down @ glyph @ across.T
     return total.clip(0, 1)

@@ -56,13 +56,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Word:
-    """A lower-case word drawn in capitals around (x, y); `cell` is the width of a stroke in pixels."""
+    """A lower-case word drawn in capitals around (x, y); `cell` is the width of a dot of its letters in pixels."""
 
     text: str
     color: str
     x: float
     y: float
-    cell: float = 2.5
+    cell: float = 2.4
 
 
 @dataclass(frozen=True)
