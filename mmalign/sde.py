@@ -1,17 +1,19 @@
 """One step of a flow model with noise: its mean, its standard deviation, and how likely an outcome was.
 
-Notation: `sigma` runs from 1 (noise) to 0 (clean), x = (1 - sigma) x0 + sigma e, the model gives v = e - x0. A step goes
-from sigma to sigma_next and covers d = sigma - sigma_next > 0. With the noise estimate e = x + (1 - sigma) v every kind
-of step is the Euler step of the ODE, pulled along e, plus noise:
+Notation: `sigma` runs from 1 (noise) to 0 (clean), x = (1 - sigma) x0 + sigma e, the model gives v = e - x0.
+A step goes from sigma to sigma_next and covers d = sigma - sigma_next > 0. With the noise estimate
+e = x + (1 - sigma) v every kind of step is the Euler step of the ODE, pulled along e, plus noise:
 
     x' ~ N(x - d v - pull e, std^2)
 
-    flow    std = g sqrt(d), pull = g^2 d / (2 sigma), g = level sqrt(sigma / (1 - sigma))   Flow-GRPO, arXiv:2505.05470
-    dance   std = g sqrt(d), pull = g^2 d / (2 sigma), g = level                             DanceGRPO, arXiv:2505.07818
-    cps     std = sigma_next sin(level pi/2), pull = sigma_next (1 - cos(level pi/2))        Flow-CPS,  arXiv:2509.05952
+    flow   pull = g^2 d / (2 sigma)                        std = g sqrt(d), g = level sqrt(sigma / (1 - sigma))
+    dance  pull = g^2 d / (2 sigma)                        std = g sqrt(d), g = level
+    cps    pull = sigma_next (1 - cos(level pi/2))         std = sigma_next sin(level pi/2)
 
-flow and dance follow the data law as the steps grow. cps keeps the schedule's coefficients of signal and noise instead;
-its law does not converge: a Gaussian's variance ends at (1 + cos(level pi/2)) / 2 of what it should be.
+flow is the step of Flow-GRPO (arXiv:2505.05470), dance of DanceGRPO (arXiv:2505.07818), cps of Flow-CPS
+(arXiv:2509.05952). flow and dance follow the data law as the steps grow. cps keeps the schedule's coefficients of
+signal and noise instead; its law does not converge to the data's: a Gaussian's variance ends at
+(1 + cos(level pi/2)) / 2 of what it should be.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ class Noise:
     """How a stochastic step draws its noise and how its log-probability is written."""
 
     kind: Literal["flow", "dance", "cps"] = "flow"
-    level: float = 0.7  # raise it to explore more, lower it when images break; usual: flow 0.7, dance 0.3, cps 0.8
-    # gaussian is the true density. unscaled is -(x' - mean)^2, as in the public code of CPS: no 1 / (2 std^2), no
-    # constants; it weighs steps differently and needs another clip range. For cps only.
+    level: float = 0.7  # raise to explore more, lower when images break; usual: flow 0.7, dance 0.3, cps 0.8
+    # gaussian is the true density. unscaled is -(x' - mean)^2, as in the public code of CPS, without 1 / (2 std^2)
+    # and constants; it weighs steps differently and needs another clip range. For cps only.
     density: Literal["gaussian", "unscaled"] = "gaussian"
-    # mean over the latent, as every public code does and every published clip range assumes; the ratio is then the
-    # n-th root of the true one. sum is the log-probability proper; its clip range is n times as wide.
+    # mean over the latent's n numbers, as all public code does and all published clip ranges assume; the ratio is
+    # then the n-th root of the true one. sum is the log-probability proper; its clip range is n times as wide.
     reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
@@ -59,7 +61,8 @@ class Noise:
 class Transition:
     """Where a step leads: x' ~ N(mean, std^2), with std = g sqrt(step).
 
-    mean: [n, *latent]. std, g, step: [n, 1, ...] or scalar. step is d = sigma - sigma_next. All at least fp32.
+    mean: [n, *latent]. std, g, step: [n, 1, ...] or scalar; step is d = sigma - sigma_next. All at least
+    fp32.
     """
 
     mean: Tensor
@@ -79,9 +82,9 @@ def transition(
 ) -> Transition:
     """Mean and standard deviation of the step from sigma to sigma_next, in fp32 or better.
 
-    x, velocity: [n, *latent]; sigma, sigma_next, sigma_guard: [n] or scalar. sigma_guard stands in for sigma = 1 under
-    flow's square root, which is infinite there, and nowhere else; it is the second entry of the schedule. With
-    noise.level = 0 the mean is `euler` bit for bit.
+    x, velocity: [n, *latent]; sigma, sigma_next, sigma_guard: [n] or scalar. sigma_guard stands in for sigma
+    = 1 in the 1 - sigma under flow's square root, which is 0 there, and nowhere else; it is the second entry
+    of the schedule. With noise.level = 0 the mean is `euler` bit for bit.
     """
     x, velocity = _precise(x), _precise(velocity)
     s, s_next = _along(sigma, x), _along(sigma_next, x)
@@ -102,7 +105,7 @@ def transition(
 
 
 def log_prob(x_next: Tensor, transition: Transition, noise: Noise, dims: tuple[int, ...] = ()) -> Tensor:
-    """Log-density of x_next [n, *latent], reduced over `dims` as noise.reduction says; with no dims per element.
+    """Log-density of x_next [n, *latent], reduced over `dims` as noise.reduction says; per element without dims.
 
     The last step of a schedule has std = 0 under cps and no density: it must not be an action.
     """

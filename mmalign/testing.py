@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 
 # Words that the tiny tokenizers know whole; others are spelled by letters.
-WORDS = (
-    "a an the and of in on to left right above below two three four one with no not picture photo "
-    "red green blue yellow purple orange white black small large big square circle triangle star cross cat dog hat"
-).split()
+WORDS = """
+    a an the and of in on to left right above below one two three four with no not picture photo
+    red green blue yellow purple orange white black small large big
+    square circle triangle star cross cat dog hat
+""".split()  # noqa: SIM905
 
 
 def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     """Write a complete `StableDiffusion3Pipeline` with random weights into `folder` and give it back.
 
-    A forward takes milliseconds on a CPU: 32x32 pixels, latents [4, 8, 8], two layers, texts of at most 16 CLIP tokens.
-    Equal seeds give equal weights. t5: False leaves the third text encoder out, as small SD3 set-ups do.
+    A forward takes milliseconds on a CPU: 32x32 pixels, latents [4, 8, 8], two layers, texts of at most 16
+    CLIP tokens. Equal seeds give equal weights. t5: False leaves the third text encoder out, as small set-ups
+    do.
     """
     from diffusers import (
         AutoencoderKL,

@@ -1,0 +1,64 @@
+"""Policies over diffusers and transformers models, found by the class that a model folder names."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from mmalign.contracts import PolicySettings
+from mmalign.pipelines.flow import FlowAdapter, FlowPolicy
+from mmalign.sde import Noise
+
+# `_class_name` of model_index.json -> adapter
+ADAPTERS = {"StableDiffusion3Pipeline": "mmalign.pipelines.sd3:SD3"}
+
+
+def load(
+    settings: PolicySettings,
+    noise: Noise,
+    device: torch.device | str = "cpu",
+    *,
+    by_site: bool = False,
+    chunk: int = 64,
+    seed: int = 0,
+) -> FlowPolicy:
+    """The policy over `settings.model`, a local folder or a hub id; errors name the setting and its mend."""
+    module, _, name = ADAPTERS[pipeline_class(settings.model)].partition(":")
+    adapter: FlowAdapter = getattr(importlib.import_module(module), name)(settings)
+    return FlowPolicy(adapter, settings, noise, device, by_site=by_site, chunk=chunk, seed=seed)
+
+
+def pipeline_class(model: str) -> str:
+    """The pipeline class of a model folder or hub id, if there is an adapter for it."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        index = folder / "model_index.json"
+        if not index.is_file():
+            raise ValueError(
+                f"policy.model: {model} is no pipeline folder, it has no model_index.json; "
+                "name the folder that pipeline.save_pretrained wrote"
+            )
+        found = json.loads(index.read_text()).get("_class_name")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
+        from diffusers import DiffusionPipeline
+
+        try:
+            found = DiffusionPipeline.load_config(model).get("_class_name")
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"policy.model: there is no folder {model}, and the hub gives no pipeline of that name: {error}"
+            ) from error
+    else:
+        raise FileNotFoundError(
+            f"policy.model: there is no folder {model}; name a folder in diffusers format or a hub id such as "
+            "stabilityai/stable-diffusion-3.5-medium"
+        )
+    if found not in ADAPTERS:
+        raise ValueError(
+            f"policy.model: {model} is a {found}; there are adapters for {', '.join(sorted(ADAPTERS))}"
+        )
+    return str(found)
