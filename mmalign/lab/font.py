@@ -1,7 +1,6 @@
 """The lab's letters: five columns by seven rows of dots, every glyph as wide and as high as its box."""
 
 import numpy as np
-from scipy import ndimage
 
 from mmalign.lab.scenes import CANVAS, Word
 
@@ -29,8 +28,9 @@ _DRAWN = {
 
 def _drawn(rows: str) -> np.ndarray:
     dots = np.array([[dot == "1" for dot in row] for row in rows.split()])
-    points = np.pad(dots.repeat(FINE, axis=0).repeat(FINE, axis=1), BOLD)
-    return ndimage.binary_dilation(points, np.ones((3, 3)), iterations=BOLD).astype(np.float32)
+    points = np.pad(dots.repeat(FINE, axis=0).repeat(FINE, axis=1), 2 * BOLD)
+    around = np.lib.stride_tricks.sliding_window_view(points, (2 * BOLD + 1, 2 * BOLD + 1))
+    return around.any(axis=(2, 3)).astype(np.float32)
 
 
 GLYPHS = {letter: _drawn(rows) for letter, rows in _DRAWN.items()}
@@ -43,7 +43,7 @@ def word_box(word: Word) -> tuple[float, float]:
 
 
 def coverage(start: float, step: float, count: int, pixels: int) -> np.ndarray:
-    """Share of every pixel that lies in each of `count` strips of width `step` from `start` on: [pixels, count]."""
+    """Share of every pixel in each of `count` strips of width `step` from `start` on: [pixels, count]."""
     left = np.arange(pixels)[:, None]
     edges = start + step * np.arange(count + 1)
     return (np.minimum(edges[1:], left + 1) - np.maximum(edges[:-1], left)).clip(0)

@@ -49,7 +49,7 @@ def vocabulary() -> list[str]:
 
 
 def parse(prompt: str) -> Task:
-    """The task a prompt asks for; the inverse of `write_prompt`. An unknown word is named in the ValueError."""
+    """The task a prompt asks for, the inverse of `write_prompt`; a ValueError names an unknown word."""
     spelled = re.fullmatch(r'the word "(\S+)"(?: in (\S+))?', prompt)
     if spelled:
         return Task(word=Spelling(*spelled.groups()))
@@ -88,13 +88,14 @@ class _Reader:
 
 
 def write_caption(scene: Scene) -> str:
-    """Everything a scene shows, in words: every thing with size, color, shape and place, then every relation."""
+    """Everything a scene shows: every thing with size, color, shape and place, then every relation."""
     facts = []
     if scene.word is not None:
         word = scene.word
         facts.append(f'the word "{word.text}" in {word.color} {_region(word.x, word.y)}')
     if scene.things:
-        facts.append(_listed([f"a {_described(thing)} {_region(thing.x, thing.y)}" for thing in scene.things]))
+        things = [f"a {_described(thing)} {_region(thing.x, thing.y)}" for thing in scene.things]
+        facts.append(_listed(things))
     for pair in scene.relations():
         first, second = scene.things[pair.first], scene.things[pair.second]
         facts.append(f"the {_described(first)} is {pair.kind} the {_described(second)}")

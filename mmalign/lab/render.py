@@ -10,7 +10,7 @@ FIFTH = 2 * np.pi / 5
 
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance of places to a shape of radius 1, negative inside; beyond corners a lower bound of it."""
+    """Signed distance of places to a shape of radius 1, negative inside; a lower bound beyond corners."""
     if shape == "circle":
         return np.hypot(x, y) - 1
     if shape == "ring":

@@ -1,6 +1,6 @@
 """What a picture of the lab shows: things and words on a plain ground, typed, with their relations derived.
 
-Places and lengths are in pixels of a 64 x 64 picture, x to the right and y downward, whatever size is rendered.
+Places and lengths are in pixels of a 64 x 64 picture, x to the right and y downward, at any rendered size.
 """
 
 from collections.abc import Iterator
@@ -30,16 +30,19 @@ SMALL_BELOW, LARGE_ABOVE = 8.2, 10.6
 RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-WORDS = tuple(
-    "at he no on so to up us act ant ape arc cap car cat cup ear eat hat hen hot hut let net nut oat pan pen pet "
-    "pot rat run sea sun tea ten toe top cone coat hero lace nose note race rope rose soap".split()
-)
+_WORDS = """
+    at he no on so to up us
+    act ant ape arc cap car cat cup ear eat hat hen hot hut let net nut oat
+    pan pen pet pot rat run sea sun tea ten toe top
+    cone coat hero lace nose note race rope rose soap
+"""
+WORDS = tuple(_WORDS.split())
 LETTERS = tuple(sorted(set("".join(WORDS))))
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One colored shape; `radius` is the radius of a circle of that size, see `EXTENT` for the other shapes."""
+    """One colored shape; `radius` is that of an equally large circle, see `EXTENT` for the other shapes."""
 
     shape: str
     color: str
@@ -56,7 +59,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Word:
-    """A lower-case word drawn in capitals around (x, y); `cell` is the width of a dot of its letters in pixels."""
+    """A lower-case word drawn in capitals around (x, y); `cell` is the pixels per dot of its letters."""
 
     text: str
     color: str
@@ -90,7 +93,7 @@ class Scene:
 
 
 def relation(first: Thing, second: Thing) -> str:
-    """Where `first` stands seen from `second`: the larger of the two offsets decides, so exactly one holds."""
+    """Where `first` stands seen from `second`: the larger offset decides, so exactly one relation holds."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"

@@ -5,15 +5,25 @@ The categories follow GenEval (Ghosh et al. 2023, arXiv:2310.11513), with words 
 
 import random
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations as pairs
 
 from mmalign.lab import heldout
 from mmalign.lab.font import word_box
 from mmalign.lab.scenes import (
-    CANVAS, COLORS, RELATIONS, SHAPES, SIZES, WORDS, Relation, Scene, Thing, Word, relation,
-)  # fmt: skip
+    CANVAS,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Relation,
+    Scene,
+    Thing,
+    Word,
+    relation,
+)
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "attribute_binding", "text")
 # Position, counting and binding are what small models find hard, so training sees them most.
@@ -32,7 +42,7 @@ MOST_THINGS = 4
 
 BORDER, GAP = 1.0, 3.0  # free pixels between a thing and the edge, and between two things
 CLEAR = 0.65  # in a composed relation the smaller offset is at most this share of the larger one
-PLACED_WITHIN, COMPOSED_WITHIN = 27.0, 22.0  # pixels from the named edge to the center: to pass, and as composed
+PLACED_WITHIN, COMPOSED_WITHIN = 27.0, 22.0  # pixels from a named edge to the center: to pass, composed
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class Task:
             return "colors" if colored else "single_object"
         return "attribute_binding" if colored or len(self.groups) > 2 else "two_objects"
 
-    def combinations(self) -> Iterator[tuple[Hashable, ...]]:
+    def combinations(self) -> Iterator[heldout.Combination]:
         """The combinations of `heldout` that every picture of this task must show."""
         counts: Counter[str] = Counter()
         for group in self.groups:
@@ -140,7 +150,7 @@ class Task:
 
 
 def sample_task(rng: random.Random, category: str | None = None, split: str = "train") -> Task:
-    """A task of one category (any, weighted by `MIX`, if None) that belongs to the split "train" or "heldout"."""
+    """A task of one category (None: any, weighted by `MIX`) from the split "train" or "heldout"."""
     if split not in ("train", "heldout"):
         raise ValueError(f"sample_task: split is 'train' or 'heldout', got {split!r}")
     if category is not None and category not in CATEGORIES:
@@ -177,7 +187,7 @@ def _draw(rng: random.Random, category: str) -> Task:
     if rng.random() < 1 / 6:
         shapes = shapes[:1] * 3
     if category == "attribute_binding":
-        kinds = list(zip(shapes, colors))[: 3 if rng.random() < 0.3 else 2]
+        kinds = list(zip(shapes, colors, strict=True))[: 3 if rng.random() < 0.3 else 2]
         return Task(tuple(Group(shape, color=color, size=size(0.15)) for shape, color in kinds))
     if rng.random() < 0.2:
         color = colors[0] if rng.random() < 0.6 else None
@@ -234,7 +244,7 @@ def _dress(task: Task, rng: random.Random) -> list[Thing]:
 
 
 def _arrange(things: Sequence[Thing], rng: random.Random, tries: int = 40) -> tuple[Thing, ...]:
-    """The things at places where none touches another; each in its own quarter if free places are hard to find."""
+    """The things at places where none touches another; each in its own quarter if that is hard to find."""
     order = list(range(len(things)))
     rng.shuffle(order)
     done: dict[int, Thing] = {}
@@ -259,7 +269,7 @@ def _quarters(things: Sequence[Thing], rng: random.Random) -> tuple[Thing, ...]:
 
     return tuple(
         _at(thing, coordinate(thing.extent, right), coordinate(thing.extent, low))
-        for thing, (right, low) in zip(things, corners)
+        for thing, (right, low) in zip(things, corners, strict=True)
     )
 
 

@@ -1,0 +1,63 @@
+"""The lists of prompts for training and evaluation: no duplicates, nothing held out in training.
+
+The lists in the repository were written by `python -m mmalign.lab.prompts assets/lab/prompts`.
+"""
+
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from mmalign.lab.grammar import write_prompt
+from mmalign.lab.tasks import CATEGORIES, MIX, sample_task
+
+TRAIN, HELD_OUT = 2000, 105
+PATIENCE = 400  # draws without a new prompt after which a category is taken to be exhausted
+
+
+def list_prompts(count: int, split: str, shares: Mapping[str, float], seed: int = 0) -> list[str]:
+    """`count` different prompts of a split in random order, the categories in proportion to `shares`.
+
+    A category with too few prompts gives all it has, and the others fill up: there are 18 single objects.
+    """
+    rng = random.Random(f"prompts {split} {seed}")
+    found: dict[str, dict[str, None]] = {category: {} for category in CATEGORIES}
+    open_ = list(CATEGORIES)
+    while (total := sum(map(len, found.values()))) < count:
+        if not open_:
+            raise ValueError(
+                f"list_prompts: the {split} split has only {total} prompts, {count} were asked for"
+            )
+        # The category furthest behind its share is next.
+        category = min(open_, key=lambda name: (len(found[name]) + 1) / shares[name])
+        known = found[category]
+        fresh = (write_prompt(sample_task(rng, category, split)) for _ in range(PATIENCE))
+        prompt = next((prompt for prompt in fresh if prompt not in known), None)
+        if prompt is None:
+            open_.remove(category)
+        else:
+            known[prompt] = None
+    prompts = [prompt for category in CATEGORIES for prompt in found[category]]
+    rng.shuffle(prompts)
+    return prompts
+
+
+def train_prompts(count: int = TRAIN) -> list[str]:
+    """Training prompts, mixed like the training pictures."""
+    return list_prompts(count, "train", MIX)
+
+
+def held_out_prompts(count: int = HELD_OUT) -> list[str]:
+    """Held-out prompts, as many of every category as there are or as the others have."""
+    return list_prompts(count, "heldout", dict.fromkeys(CATEGORIES, 1.0))
+
+
+def write_lists(folder: Path) -> None:
+    """Writes train.txt and heldout.txt, a prompt on each line; `parse` recovers the task from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, prompts in (("train", train_prompts()), ("heldout", held_out_prompts())):
+        (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+
+
+if __name__ == "__main__":
+    write_lists(Path(sys.argv[1]))
