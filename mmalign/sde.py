@@ -6,14 +6,14 @@ e = x + (1 - sigma) v every kind of step is the Euler step of the ODE, pulled al
 
     x' ~ N(x - d v - pull e, std^2)
 
-    flow   pull = g^2 d / (2 sigma)                        std = g sqrt(d), g = level sqrt(sigma / (1 - sigma))
-    dance  pull = g^2 d / (2 sigma)                        std = g sqrt(d), g = level
-    cps    pull = sigma_next (1 - cos(level pi/2))         std = sigma_next sin(level pi/2)
+    flow   pull = g^2 d / (2 sigma)                    std = g sqrt(d), g = level sqrt(sigma / (1 - sigma))
+    dance  pull = g^2 d / (2 sigma)                    std = g sqrt(d), g = level
+    cps    pull = sigma_next (1 - cos(level pi/2))     std = sigma_next sin(level pi/2)
 
 flow is the step of Flow-GRPO (arXiv:2505.05470), dance of DanceGRPO (arXiv:2505.07818), cps of Flow-CPS
-(arXiv:2509.05952). flow and dance follow the data law as the steps grow. cps keeps the schedule's coefficients of
-signal and noise instead; its law does not converge to the data's: a Gaussian's variance ends at
-(1 + cos(level pi/2)) / 2 of what it should be.
+(arXiv:2509.05952). flow and dance follow the data law as the steps grow. cps keeps the schedule's
+coefficients of signal and noise instead; its law does not converge to the data's: a Gaussian's variance ends
+at (1 + cos(level pi/2)) / 2 of what it should be.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Noise:
 
     kind: Literal["flow", "dance", "cps"] = "flow"
     level: float = 0.7  # raise to explore more, lower when images break; usual: flow 0.7, dance 0.3, cps 0.8
-    # gaussian is the true density. unscaled is -(x' - mean)^2, as in the public code of CPS, without 1 / (2 std^2)
-    # and constants; it weighs steps differently and needs another clip range. For cps only.
+    # gaussian is the true density. unscaled is -(x' - mean)^2 as in the public code of CPS, with no constants
+    # and no 1 / (2 std^2); it weighs steps differently and needs another clip range. For cps only.
     density: Literal["gaussian", "unscaled"] = "gaussian"
-    # mean over the latent's n numbers, as all public code does and all published clip ranges assume; the ratio is
-    # then the n-th root of the true one. sum is the log-probability proper; its clip range is n times as wide.
+    # mean over the latent's n numbers, as all public code does and all published clip ranges assume: the
+    # ratio is the n-th root of the true one. sum is the log-probability proper, with n times the clip range.
     reduction: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
@@ -61,8 +61,7 @@ class Noise:
 class Transition:
     """Where a step leads: x' ~ N(mean, std^2), with std = g sqrt(step).
 
-    mean: [n, *latent]. std, g, step: [n, 1, ...] or scalar; step is d = sigma - sigma_next. All at least
-    fp32.
+    mean: [n, *latent]. std, g, step: [n, 1, ...] or scalar. step is d = sigma - sigma_next. At least fp32.
     """
 
     mean: Tensor
@@ -105,7 +104,7 @@ def transition(
 
 
 def log_prob(x_next: Tensor, transition: Transition, noise: Noise, dims: tuple[int, ...] = ()) -> Tensor:
-    """Log-density of x_next [n, *latent], reduced over `dims` as noise.reduction says; per element without dims.
+    """Log-density of x_next [n, *latent], per element, or over `dims` by noise.reduction.
 
     The last step of a schedule has std = 0 under cps and no density: it must not be an action.
     """

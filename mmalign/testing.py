@@ -6,9 +6,27 @@ They are public: a new model or reward, also outside of this project, is one cal
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from mmalign.contracts import Key, Policy, RewardModel
+from mmalign.records import (
+    Masks,
+    Outcome,
+    Plan,
+    Prompts,
+    RewardSignal,
+    Spans,
+    Steps,
+    Trajectory,
+    Where,
+    Whole,
+)
 
 # Words that the tiny tokenizers know whole; others are spelled by letters.
 WORDS = """
@@ -105,7 +123,243 @@ def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     return Path(folder)
 
 
-def _clip_tokenizer():  # type: ignore[no-untyped-def]  # imported where it is used
+def prompts_of(texts: list[str], group: int, extra: list[Mapping[str, object]] | None = None) -> Prompts:
+    """Every text `group` times: group numbers count the texts, member numbers the samples of one text."""
+    count = torch.arange(len(texts))
+    return Prompts(
+        [text for text in texts for _ in range(group)],
+        count.repeat_interleave(group),
+        torch.arange(group).repeat(len(texts)),
+        [one for one in (extra or [{} for _ in texts]) for _ in range(group)],
+    )
+
+
+def check_policy(policy: Policy, prompts: Prompts, plan: Plan, tolerance: float = 1e-6) -> None:
+    """Raise AssertionError where `policy` breaks what the loop relies on.
+
+    prompts: at least two groups of two or more. tolerance: of the log-ratio and of media, for sampling the same
+    thing in another batch; 1e-6 is for fp32.
+    """
+    key: Key = (0, "check")
+    trajectory = policy.sample(prompts, plan, key)
+    _check_trajectory(trajectory, prompts, plan)
+    _check_streams(policy, trajectory, plan, key, tolerance)
+    _check_replay(policy, trajectory, tolerance)
+    _check_gradients(policy, trajectory)
+    _check_copies(policy, trajectory)
+    _check_footprints(policy, trajectory)
+
+
+def _check_trajectory(trajectory: Trajectory, prompts: Prompts, plan: Plan) -> None:
+    samples, media = len(prompts), trajectory.outcome.media
+    assert trajectory.mask.dtype == torch.bool, f"mask must be bool, is {trajectory.mask.dtype}"
+    assert trajectory.log_prob.shape[:2] == trajectory.mask.shape, (
+        f"log_prob {tuple(trajectory.log_prob.shape)} does not begin with mask {tuple(trajectory.mask.shape)}"
+    )
+    assert trajectory.log_prob.dtype == torch.float32, (
+        f"log_prob must be fp32, is {trajectory.log_prob.dtype}"
+    )
+    assert not trajectory.log_prob.requires_grad, "sampling must not keep a graph"
+    assert torch.isfinite(trajectory.log_prob).all(), "log_prob is not finite"
+    views = trajectory.outcome.views
+    assert len(media) == samples * views, f"{len(media)} media for {samples} samples of {views} views"
+    if isinstance(media, Tensor):
+        assert views == len(plan.strides), f"{views} views for the strides {plan.strides}"
+        assert media.min() >= 0, f"media go down to {media.min()}"
+        assert media.max() <= 1, f"media go up to {media.max()}"
+    for name, tensor in trajectory.replay.items():
+        assert len(tensor) == samples, f"replay[{name!r}] has {len(tensor)} rows for {samples} samples"
+        assert not tensor.is_floating_point() or tensor.dtype == torch.float32, (
+            f"replay[{name!r}] is not fp32"
+        )
+
+
+def _check_streams(policy: Policy, trajectory: Trajectory, plan: Plan, key: Key, tolerance: float) -> None:
+    prompts, media = trajectory.outcome.prompts, trajectory.outcome.media
+    again = policy.sample(prompts, plan, key)
+    assert _same(media, again.outcome.media, 0), "equal keys gave other samples"
+    assert torch.equal(trajectory.log_prob, again.log_prob), "equal keys gave other log-probabilities"
+    backwards = torch.arange(len(prompts)).flip(0)[: len(prompts) - 1]
+    part = policy.sample(prompts.take(backwards), plan, key).outcome
+    views = trajectory.outcome.views
+    rows = (backwards[:, None] * views + torch.arange(views)).flatten()
+    expected = media[rows] if isinstance(media, Tensor) else [media[i] for i in rows.tolist()]
+    assert _same(expected, part.media, 100 * tolerance), "a sample depends on its batch"
+    other = policy.sample(prompts, plan, (*key, "other")).outcome.media
+    assert not _same(media, other, 0), "another key gave the same samples"
+    if isinstance(media, Tensor):
+        for shared in (False, True):
+            quiet = policy.sample(prompts, replace(plan, sde_steps=(), share_noise=shared), key).outcome.media
+            assert isinstance(quiet, Tensor)
+            for group in prompts.group.unique().tolist():
+                members = quiet[:: len(plan.strides)][(prompts.group == group).to(quiet.device)]
+                alike = _same(members, members[:1].expand_as(members), 100 * tolerance)
+                assert alike == shared or len(members) < 2, (
+                    f"with share_noise={shared} members of group {group} are {'alike' if alike else 'different'}"
+                )
+
+
+def _check_replay(policy: Policy, trajectory: Trajectory, tolerance: float) -> None:
+    samples = len(trajectory)
+    seen = torch.zeros(trajectory.mask.shape, dtype=torch.int64)
+    for pick in policy.picks(trajectory, torch.arange(samples), size=4):
+        with torch.no_grad():
+            now = policy.evaluate(trajectory, pick)
+        recorded = trajectory.log_prob[pick.rows, pick.columns]
+        assert now.log_prob.shape == recorded.shape, (
+            f"log_prob is {tuple(now.log_prob.shape)} in evaluation and {tuple(recorded.shape)} in sampling"
+        )
+        off = float((now.log_prob - recorded).abs().max())
+        assert off <= tolerance, (
+            f"an unchanged policy finds its own actions off by {off:.1e} in log-probability"
+        )
+        seen.index_put_((pick.rows.cpu(), pick.columns.cpu()), torch.tensor(1), accumulate=True)
+    assert torch.equal(seen, trajectory.mask.cpu().long()), (
+        "picks must hold every unmasked action exactly once"
+    )
+    some = torch.tensor([samples - 1, 0])
+    rows = {int(row) for pick in policy.picks(trajectory, some, size=4) for row in pick.rows}
+    assert rows <= {0, samples - 1}, f"picks of samples {some.tolist()} hold {sorted(rows)}"
+
+
+def _check_gradients(policy: Policy, trajectory: Trajectory) -> None:
+    parameters = dict(policy.module.named_parameters())
+    trainable = [p for p in parameters.values() if p.requires_grad]
+    assert trainable, "nothing is trainable"
+    assert all(p.dtype == torch.float32 for p in trainable), "trainable parameters must be fp32"
+    for p in trainable:
+        p.grad = None
+    for pick in policy.picks(trajectory, torch.arange(len(trajectory)), size=4):
+        policy.evaluate(trajectory, pick).log_prob.sum().backward()
+    reached = [p for p in trainable if p.grad is not None and bool(p.grad.abs().sum() > 0)]
+    assert not trajectory.mask.any() or reached, "the log-probability has no gradient"
+    assert all(torch.isfinite(p.grad).all() for p in reached if p.grad is not None), (
+        "a gradient is not finite"
+    )
+    for name, p in parameters.items():
+        assert p.requires_grad or p.grad is None, f"the frozen {name} got a gradient"
+        p.grad = None
+
+
+def _check_copies(policy: Policy, trajectory: Trajectory) -> None:
+    live = [p for p in policy.module.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in live]
+    name = "check_policy"
+    policy.copies.save(name)
+    try:
+        with torch.no_grad():
+            for p in live:
+                p.add_(0.1)
+        moved = [p.detach().clone() for p in live]
+        with policy.copies.use(name):
+            assert all(map(torch.equal, live, before)), "copies.use does not give the saved values"
+        assert all(map(torch.equal, live, moved)), "copies.use does not give the live values back"
+    finally:
+        with torch.no_grad():
+            for p, value in zip(live, before, strict=True):
+                p.copy_(value)
+        policy.copies.state_dict().pop(name, None)
+
+
+def _check_footprints(policy: Policy, trajectory: Trajectory) -> None:
+    samples, actions = trajectory.mask.shape
+    grid = (samples, 3, *trajectory.log_prob.shape[1:])
+    units = torch.arange(3).expand(samples, 3)
+    placed = 0
+    wheres: list[Where] = [
+        Whole(),
+        Steps(units.clamp(max=max(0, actions - 1))),
+        Spans(units, units + 1),
+        Masks(torch.rand(samples, 3, 1, 12, 12, generator=torch.Generator().manual_seed(0))),
+    ]
+    for where in wheres:
+        kind = type(where).__name__
+        try:
+            footprint = policy.locate(where, trajectory)
+        except TypeError as error:
+            assert kind in str(error), f"the error for {kind} does not name it: {error}"
+            continue
+        placed += 1
+        assert bool((footprint >= 0).all()), f"the footprint of {kind} has negative parts"
+        assert torch.broadcast_shapes(footprint.shape, grid) == torch.Size(grid), (
+            f"the footprint of {kind} is {tuple(footprint.shape)}, which does not fit {grid}"
+        )
+    assert placed, "the policy can place nothing, not even Whole"
+
+
+def check_reward(model: RewardModel, outcome: Outcome) -> None:
+    """Raise AssertionError where `model` breaks what scoring relies on; outcome: at least two samples."""
+    media, prompts, views = outcome.media, outcome.prompts, outcome.views
+    before = media.clone() if isinstance(media, Tensor) else list(media)
+    signal = model(outcome)
+    samples = len(prompts)
+    assert model.name, "a reward needs a name"
+    assert signal.name == model.name, f"the signal of {model.name!r} is called {signal.name!r}"
+    assert len(signal.values) == samples, f"{len(signal.values)} verdicts for {samples} samples"
+    assert signal.values.is_floating_point(), f"values must be float, are {signal.values.dtype}"
+    assert not signal.values.requires_grad, "values must not keep a graph"
+    assert signal.valid is not None
+    assert signal.valid.any(), "no verdict is valid"
+    assert signal.details is None or len(signal.details) == samples, "details must be one mapping a sample"
+    assert _same(before, media, 0), f"{model.name} changed its input"
+    for rows in (
+        torch.arange(samples // 2),
+        torch.arange(samples // 2, samples),
+        torch.tensor([samples - 1]),
+    ):
+        places = (rows[:, None] * views + torch.arange(views)).flatten()
+        part = media[places] if isinstance(media, Tensor) else [media[i] for i in places.tolist()]
+        _check_part(signal, model(Outcome(prompts.take(rows), part, views)), rows)
+    _check_where(signal, outcome)
+
+
+def _check_part(whole: RewardSignal, part: RewardSignal, rows: Tensor) -> None:
+    """Ragged units are padded, so a part may have fewer; what it has must be equal, and the rest invalid."""
+    assert whole.valid is not None
+    assert part.valid is not None
+    count = min(whole.values.shape[1], part.values.shape[1])
+    values, valid = whole.values[rows], whole.valid[rows]
+    assert torch.equal(valid[:, :count], part.valid[:, :count]), (
+        "which verdicts are valid depends on the batch"
+    )
+    assert not valid[:, count:].any(), "a sample has fewer units in a smaller batch"
+    assert not part.valid[:, count:].any(), "a sample has more units in a smaller batch"
+    off = float((values[:, :count] - part.values[:, :count]).abs().max()) if count else 0.0
+    scale = 1 + float(values.abs().max()) if values.numel() else 1.0
+    assert off <= 1e-4 * scale, f"values depend on the batch, by {off:.1e}"
+
+
+def _check_where(signal: RewardSignal, outcome: Outcome) -> None:
+    samples, units = signal.values.shape
+    where, valid = signal.where, signal.valid
+    assert valid is not None
+    if isinstance(where, Masks):
+        assert where.mask.ndim == 5, f"masks must be [B, U, F, H, W], are {tuple(where.mask.shape)}"
+        assert where.mask.shape[:2] == (samples, units), (
+            f"masks {tuple(where.mask.shape)} for {samples}x{units}"
+        )
+        assert where.mask.min() >= 0, "a mask has negative parts"
+        assert where.mask.max() <= 1, "a mask has parts above 1"
+    elif isinstance(where, Spans):
+        assert where.start.shape == where.end.shape == (samples, units), "spans must be [B, U]"
+        assert isinstance(outcome.media, list), "only text has Spans"
+        for i, j in valid.nonzero().tolist():
+            text, start, end = outcome.media[i * outcome.views], int(where.start[i, j]), int(where.end[i, j])
+            assert 0 <= start <= end <= len(text), (
+                f"span {start}..{end} lies outside of {len(text)} characters"
+            )
+    elif isinstance(where, Steps):
+        assert where.index.shape == (samples, units), "steps must be [B, U]"
+        assert bool((where.index[valid] >= 0).all()), "a step is negative"
+
+
+def _same(a: Tensor | list[str], b: Tensor | list[str], tolerance: float) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and float((a - b).abs().max()) <= tolerance
+    return a == b
+
+
+def _clip_tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
     vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1}
@@ -123,7 +377,7 @@ def _clip_tokenizer():  # type: ignore[no-untyped-def]  # imported where it is u
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
 
 
-def _t5_tokenizer():  # type: ignore[no-untyped-def]  # imported where it is used
+def _t5_tokenizer() -> Any:
     from transformers import T5TokenizerFast
 
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]

@@ -26,39 +26,56 @@ def load(
     chunk: int = 64,
     seed: int = 0,
 ) -> FlowPolicy:
-    """The policy over `settings.model`, a local folder or a hub id; errors name the setting and its mend."""
+    """The policy over `settings.model`, a local folder or a hub id; errors name the setting and its mend.
+
+    by_site, chunk, seed: see `FlowPolicy`.
+    """
     module, _, name = ADAPTERS[pipeline_class(settings.model)].partition(":")
-    adapter: FlowAdapter = getattr(importlib.import_module(module), name)(settings)
+    family = getattr(importlib.import_module(module), name)
+    try:
+        adapter: FlowAdapter = family(settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy.model: {settings.model} does not load as a pipeline: {error}") from error
     return FlowPolicy(adapter, settings, noise, device, by_site=by_site, chunk=chunk, seed=seed)
 
 
 def pipeline_class(model: str) -> str:
-    """The pipeline class of a model folder or hub id, if there is an adapter for it."""
+    """The pipeline class that a model folder or hub id names, if there is an adapter for it."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise ValueError(
-                f"policy.model: {model} is no pipeline folder, it has no model_index.json; "
-                "name the folder that pipeline.save_pretrained wrote"
-            )
-        found = json.loads(index.read_text()).get("_class_name")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
-        from diffusers import DiffusionPipeline
-
-        try:
-            found = DiffusionPipeline.load_config(model).get("_class_name")
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"policy.model: there is no folder {model}, and the hub gives no pipeline of that name: {error}"
-            ) from error
+        found = _named_in(folder)
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        found = _named_on_hub(model)
     else:
         raise FileNotFoundError(
-            f"policy.model: there is no folder {model}; name a folder in diffusers format or a hub id such as "
-            "stabilityai/stable-diffusion-3.5-medium"
+            f"policy.model: there is no folder {model}; name a folder in diffusers format, or a hub id such "
+            "as stabilityai/stable-diffusion-3.5-medium"
         )
     if found not in ADAPTERS:
-        raise ValueError(
-            f"policy.model: {model} is a {found}; there are adapters for {', '.join(sorted(ADAPTERS))}"
-        )
+        known = ", ".join(sorted(ADAPTERS))
+        raise ValueError(f"policy.model: {model} holds a {found}, and there are adapters for {known}")
     return str(found)
+
+
+def _named_in(folder: Path) -> object:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"policy.model: {folder} is no pipeline, it has no model_index.json; name the folder that "
+            "pipeline.save_pretrained wrote"
+        )
+    try:
+        return json.loads(index.read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"policy.model: {index} cannot be read: {error}") from error
+
+
+def _named_on_hub(model: str) -> object:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.load_config(model).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"policy.model: there is no folder {model}, and the hub gives no such pipeline: {error}"
+        ) from error

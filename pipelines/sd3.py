@@ -28,7 +28,7 @@ class SD3:
     )
 
     def __init__(self, settings: PolicySettings) -> None:
-        from diffusers import StableDiffusion3Pipeline
+        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
         frozen = DTYPES[settings.precision]
         dtypes = {
@@ -37,13 +37,20 @@ class SD3:
             "default": frozen,
         }
         index = StableDiffusion3Pipeline.load_config(settings.model)
-        without_t5 = (index.get("text_encoder_3") or [None])[0] is None
-        absent = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}
-        self.pipeline: Any = StableDiffusion3Pipeline.from_pretrained(
-            settings.model, torch_dtype=dtypes, **absent
-        )
+        absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
+        absent += settings.leave_out
+        if "text_encoder_3" in absent:
+            absent.append("tokenizer_3")
+        nothing = dict.fromkeys(absent)
+        self.pipeline: Any = StableDiffusion3Pipeline.from_pretrained(settings.model, dtype=dtypes, **nothing)
         self.network: nn.Module = self.pipeline.transformer
         self.max_sequence_length = settings.max_sequence_length
+        scheduler = self.pipeline.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise ValueError(
+                f"its scheduler is {type(scheduler).__name__}, but stochastic steps are defined on the "
+                "schedule of FlowMatchEulerDiscreteScheduler"
+            )
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         scale, config = self.pipeline.vae_scale_factor, self.pipeline.transformer.config
@@ -53,10 +60,8 @@ class SD3:
             pixels = config.sample_size * scale if pixels is None else pixels
             if pixels < cell or pixels % cell:
                 raise ValueError(f"policy.{name} must be a multiple of {cell} for this model, got {pixels}")
-            if pixels > config.pos_embed_max_size * cell:
-                raise ValueError(
-                    f"policy.{name} can be at most {config.pos_embed_max_size * cell} for this model, got {pixels}"
-                )
+            if pixels > (most := config.pos_embed_max_size * cell):
+                raise ValueError(f"policy.{name} can be at most {most} for this model, got {pixels}")
             shape.append(pixels // scale)
         return tuple(shape)
 
