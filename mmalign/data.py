@@ -1,0 +1,133 @@
+"""Prompt files to prompts: the same global batch for any number of ranks, and no position to remember."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmalign.randomness import generator
+from mmalign.records import Prompts
+
+
+class PromptError(ValueError):
+    """Prompts that cannot be trained on; the message says where and what would be right."""
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """Which prompts are trained on, and how many at a time."""
+
+    file: str  # training prompts: .txt, one a line, or .jsonl with a "prompt" and whatever else rewards need
+    heldout_file: str | None = None  # prompts for evaluation only
+    per_iteration: int = (
+        48  # distinct prompts per iteration; raise it for steadier updates, lower it for faster ones
+    )
+    group: int = 24  # samples per prompt; below 12 the comparison inside a group gets noisy
+
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise PromptError(
+                f"prompts.group must be at least 2, because members are compared, got {self.group}"
+            )
+        if self.per_iteration < 1:
+            raise PromptError(f"prompts.per_iteration must be at least 1, got {self.per_iteration}")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file."""
+
+    text: str
+    extra: Mapping[str, object] = field(default_factory=dict)
+
+
+def read_prompts(file: Path | str) -> list[Prompt]:
+    """The prompts of a .txt file, one a line, or of a .jsonl file, one object with a "prompt" a line."""
+    path = Path(file)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise PromptError(
+            f"{path}: prompts come in .txt or .jsonl, not {path.suffix or 'a file without an ending'!r}"
+        )
+    if not path.is_file():
+        raise PromptError(f"{path}: there is no such prompt file")
+    lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    if lines == [""]:
+        raise PromptError(f"{path}: the file holds no prompts")
+    read = _from_json if path.suffix == ".jsonl" else _from_text
+    return [read(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _from_text(line: str, place: str) -> Prompt:
+    if not line:
+        raise PromptError(f"{place}: the prompt is empty")
+    return Prompt(line)
+
+
+def _from_json(line: str, place: str) -> Prompt:
+    try:
+        row = json.loads(line) if line else {"prompt": ""}
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{place}: not valid JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise PromptError(f'{place}: each line must be an object with a text under "prompt", got {line[:80]}')
+    if not row["prompt"].strip():
+        raise PromptError(f"{place}: the prompt is empty")
+    return Prompt(row["prompt"].strip(), {key: value for key, value in row.items() if key != "prompt"})
+
+
+class PromptSource:
+    """Groups of prompts by iteration: a function of (seed, iteration) alone, however many ranks share the
+    work.
+
+    Prompts are shuffled anew in every epoch; an epoch is as many whole iterations as the file allows, so that
+    no iteration sees a prompt twice. Group numbers go on counting: iteration * per_iteration + index.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], per_iteration: int, group: int, seed: int) -> None:
+        if len(prompts) < per_iteration:
+            raise PromptError(
+                f"prompts.per_iteration asks for {per_iteration} distinct prompts, there are only {len(prompts)}"
+            )
+        self.prompts, self.per_iteration, self.group, self.seed = list(prompts), per_iteration, group, seed
+
+    @classmethod
+    def read(cls, settings: PromptSettings, seed: int) -> PromptSource:
+        """The source over the training file of the settings."""
+        return cls(read_prompts(settings.file), settings.per_iteration, settings.group, seed)
+
+    def check_split(self, world: int) -> None:
+        """Whether each of `world` ranks gets whole groups, or else an equal part of every group."""
+        if self.per_iteration % world and self.group % world:
+            raise PromptError(
+                f"{self.per_iteration} groups of {self.group} cannot be split evenly over {world} processes: "
+                f"prompts.per_iteration or prompts.group must be a multiple of {world}"
+            )
+
+    def at(self, iteration: int, rank: int = 0, world: int = 1) -> Prompts:
+        """What `rank` samples in `iteration`: whole groups if they can be dealt out evenly, else a part of each."""
+        self.check_split(world)
+        chosen = self._chosen(iteration)
+        indices = list(range(self.per_iteration))
+        members = list(range(self.group))
+        if self.per_iteration % world == 0:
+            indices = indices[rank::world]
+        else:
+            members = members[rank * self.group // world : (rank + 1) * self.group // world]
+        rows = [(index, member) for index in indices for member in members]
+        first = iteration * self.per_iteration
+        return Prompts(
+            [chosen[index].text for index, _ in rows],
+            torch.tensor([first + index for index, _ in rows], dtype=torch.int64),
+            torch.tensor([member for _, member in rows], dtype=torch.int64),
+            [chosen[index].extra for index, _ in rows],
+        )
+
+    def _chosen(self, iteration: int) -> list[Prompt]:
+        epoch, place = divmod(iteration, len(self.prompts) // self.per_iteration)
+        order = torch.randperm(len(self.prompts), generator=generator(self.seed, "prompts", epoch)).tolist()
+        first = place * self.per_iteration
+        return [self.prompts[i] for i in order[first : first + self.per_iteration]]

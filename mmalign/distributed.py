@@ -1,0 +1,139 @@
+"""Where this process stands among its peers, and the few collectives that the loop needs. Only here: accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class Distributed:
+    """One process of the run: alone, or one of several under DDP, FSDP or DeepSpeed, as the launcher says.
+
+    Precision is the policy's business and accumulation the trainer's, so accelerate is asked for neither.
+    device: "cpu" keeps to the CPU, None takes what the launcher gives.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        self._accelerator: Any = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+
+    @property
+    def rank(self) -> int:
+        return int(self._accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self._accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._accelerator.device
+        return device
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self._accelerator.is_main_process)
+
+    @property
+    def kind(self) -> str:
+        """How the parameters are spread, in lower case: "no", "multi_cpu", "multi_gpu", "fsdp", "deepspeed", ..."""
+        return str(self._accelerator.distributed_type.value).lower()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold parts of the parameters rather than all of them."""
+        return self.kind in ("fsdp", "deepspeed")
+
+    # The network.
+
+    def prepare(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Both as the launcher wants them; the module may come back wrapped."""
+        module, optimizer = self._accelerator.prepare(module, optimizer)
+        return module, optimizer
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        bare: nn.Module = self._accelerator.unwrap_model(module)
+        return bare
+
+    @contextmanager
+    def minibatch(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Around the forward and backward of a minibatch: ranks exchange gradients only in the last one."""
+        self._accelerator.sync_gradients = last
+        if last:
+            yield
+        else:
+            with self._accelerator.no_sync(module):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of a loss that is summed, not averaged, over ranks."""
+        self._accelerator.backward(loss * self.world)  # every backend averages gradients over ranks
+
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+        """Scale the gradient down to norm `limit`; gives the norm before, over all ranks."""
+        norm = self._accelerator.clip_grad_norm_(parameters, limit)
+        return torch.as_tensor(0.0 if norm is None else norm).detach()
+
+    # Among ranks. What is exchanged is small: names, values, counts.
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks one after the other, on the CPU and in their dtype.
+
+        rows: [b, ...]; b and the other sizes may differ between ranks, shorter ones are padded with 0
+        (False).
+        """
+        rows = rows.detach()
+        if self.world == 1:
+            return rows.cpu()
+        device, dtype = self.device, rows.dtype
+        wire = rows.to(device, torch.uint8 if dtype == torch.bool else dtype)
+        shapes = self._accelerator.gather(torch.tensor([wire.shape], dtype=torch.int64, device=device))
+        most = shapes.amax(0).tolist()
+        padded = wire.new_zeros(most)
+        padded[tuple(slice(size) for size in wire.shape)] = wire
+        every = self._accelerator.gather(padded[None]).cpu()  # [world, b, ...]
+        parts = [every[i, :count] for i, count in enumerate(shapes[:, 0].tolist())]
+        return torch.cat(parts).to(dtype)
+
+    def gather_objects(self, items: Sequence[Any]) -> list[Any]:
+        """The items of all ranks one after the other."""
+        if self.world == 1:
+            return list(items)
+        from accelerate.utils import gather_object
+
+        return list(gather_object(list(items)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.gather(torch.tensor([flag])).any())
+
+    def barrier(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    # Sharded parameters and optimizers, which no rank holds as a whole.
+
+    def save_sharded(self, folder: Path) -> None:
+        self._accelerator.save_state(str(folder), safe_serialization=True)
+
+    def load_sharded(self, folder: Path) -> None:
+        self._accelerator.load_state(str(folder))
+
+    def close(self) -> None:
+        """Leave the process group; the last thing a run does."""
+        self._accelerator.end_training()

@@ -1,0 +1,138 @@
+"""What an update should make more likely: one class per family, each a few lines around its formula."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mmalign.contracts import Policy
+from mmalign.records import Evaluation, Minibatch
+
+KLForm = Literal["gaussian", "velocity", "per_step"]
+Measures = dict[str, Tensor]  # [n, *site] each, without gradient; the trainer takes means and maxima
+
+CEILING = 30.0  # log-ratios above it push no further: exp(30) fits into fp32 with room for its products
+
+
+class Objective(Protocol):
+    """Losses of the picked actions, one per objective kept apart, and what was seen on the way.
+
+    clip_range: the smallest deviation of the ratio from 1 that matters, None where there is none.
+    idle_at_zero: an action with advantage 0 has gradient 0.
+    """
+
+    @property
+    def clip_range(self) -> float | None: ...
+
+    @property
+    def idle_at_zero(self) -> bool: ...
+
+    def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]: ...
+
+
+def clipped_gain(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """min(r A, clip(r, 1 - low, 1 + high) A) for r = exp(log_ratio), without ever forming an r that overflows.
+
+    The minimum only ever bounds r from above where A > 0 and from below where A < 0, so one clamp of the
+    logarithm gives both its value and its gradient.
+    """
+    above = log_ratio.clamp(max=min(math.log1p(high), CEILING))
+    below = log_ratio.clamp(min=math.log1p(-low) if low < 1 else -math.inf, max=CEILING)
+    return torch.where(advantage > 0, above, below).exp() * advantage
+
+
+def divergence(new: Evaluation, reference: Evaluation, form: KLForm = "gaussian") -> Tensor:
+    """KL from the reference at each action, [n, *site] or broadcastable: exact where actions are Gaussian.
+
+    gaussian    |mean - mean_ref|^2 / (2 std^2)       the KL of the two steps
+    per_step    |mean - mean_ref|^2 / (2 g^2)         Flow-GRPO's public code, which leaves out d: std^2 = g^2 d
+    velocity    |v - v_ref|^2                         the same weight for every step
+
+    Each is a mean over the latent, as the log-probability of the public codes is. `conversion` gives the
+    factors between them. Where actions are not Gaussian (tokens) it is the estimate exp(l) - l - 1 with l =
+    log p_ref - log p, which is positive and unbiased under the sampling policy.
+    """
+    if new.mean is None or reference.mean is None:
+        if form != "gaussian":
+            raise TypeError(f"kl_form {form!r} needs Gaussian actions; these have only a log-probability")
+        delta = (reference.log_prob - new.log_prob).clamp(max=CEILING)
+        return delta.expm1() - delta
+    if form == "velocity":
+        if new.velocity is None or reference.velocity is None:
+            raise TypeError("kl_form 'velocity' needs a policy that reports its velocity")
+        gap = (new.velocity - reference.velocity) ** 2
+    else:
+        if new.std is None or (form == "per_step" and new.step is None):
+            raise TypeError(
+                f"kl_form {form!r} needs a policy that reports the std and the length of its steps"
+            )
+        gap = (new.mean - reference.mean) ** 2 / (2 * new.std**2)
+        if form == "per_step" and new.step is not None:
+            gap = gap * new.step
+    kl = gap.flatten(1).mean(1)
+    return kl.reshape(-1, *[1] * (new.log_prob.ndim - 1))
+
+
+def conversion(form: KLForm, g: float, sigma: float, step: float) -> float:
+    """What a form of the KL gives at one step of Flow-SDE or Dance-SDE, per unit of the exact Gaussian KL.
+
+    g: noise rate at sigma, so that std^2 = g^2 step. The mean moves with the velocity by
+    -step (1 + g^2 (1 - sigma) / (2 sigma)). To keep the pull of a published beta, multiply it by the factor of its own
+    form and divide by the factor of yours.
+    """
+    if form == "gaussian":
+        return 1.0
+    if form == "per_step":
+        return step
+    slope = step * (1 + g**2 * (1 - sigma) / (2 * sigma))
+    return 2 * g**2 * step / slope**2
+
+
+@dataclass(frozen=True)
+class ClippedRatio:
+    """Raise the odds of good actions, but no further than the clip allows (PPO, GRPO, Flow-GRPO)."""
+
+    low: float = 0.2
+    high: float = 0.2
+    kl: float = 0.0
+    kl_form: KLForm = "gaussian"
+
+    def __post_init__(self) -> None:
+        if not (self.low > 0 and self.high > 0):
+            raise ValueError(f"clip must be positive, got low={self.low}, high={self.high}")
+        if not self.kl >= 0:
+            raise ValueError(f"kl must be 0 or more, got {self.kl}")
+
+    @property
+    def clip_range(self) -> float | None:
+        return min(self.low, self.high)
+
+    @property
+    def idle_at_zero(self) -> bool:
+        return self.kl == 0
+
+    def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]:
+        if self.kl:
+            # First, so that the parameters are swapped before there is a graph that looks at them.
+            with torch.no_grad(), policy.copies.use("reference"):
+                reference = policy.evaluate(batch.trajectory, batch.pick)
+        new = policy.evaluate(batch.trajectory, batch.pick)
+        log_ratio = new.log_prob - batch.log_prob
+        loss = -clipped_gain(log_ratio, batch.advantage, self.low, self.high)  # [K, n, *site]
+        now = log_ratio.detach()
+        measures = {
+            "log_ratio": now,
+            "ratio": now.clamp(max=CEILING).exp(),
+            "clip_share": (now > math.log1p(self.high))
+            | (now < (math.log1p(-self.low) if self.low < 1 else -math.inf)),
+        }
+        if self.kl:
+            kl = divergence(new, reference, self.kl_form).expand_as(log_ratio)
+            measures["kl"] = kl.detach()
+            # Once, not once per objective: kept-apart objectives share one pull towards the reference.
+            loss = loss + self.kl * kl / len(loss)
+        return (loss * batch.weight).flatten(1).sum(1), measures
