@@ -1,4 +1,7 @@
-"""How well the verifier reads pictures whose scenes are known, clean and spoiled: `python -m mmalign.lab.accuracy`."""
+"""How well the verifier reads pictures whose scenes are known, clean and spoiled.
+
+`python -m mmalign.lab.accuracy` prints the table.
+"""
 
 import random
 from dataclasses import dataclass
@@ -44,15 +47,14 @@ def accuracy_report(n: int, noise: float = 0.0, blur: float = 0.0, seed: int = 0
 
 def spoil(picture: np.ndarray, noise: float, blur: float, draws: np.random.Generator) -> np.ndarray:
     """A uint8 picture [H, W, 3] as floats [3, H, W], blurred and with noise."""
-    image = ndimage.gaussian_filter(picture / 255, (blur, blur, 0))
+    image: np.ndarray = ndimage.gaussian_filter(picture / 255, (blur, blur, 0))
     return (image + draws.normal(0, noise, image.shape)).clip(0, 1).transpose(2, 0, 1)
 
 
 def same(drawn: Scene, read: Scene) -> bool:
     """Whether both hold the same word and the same things: shape, color, size and place."""
-    if (drawn.word is None) != (read.word is None) or len(drawn.things) != len(read.things):
-        return False
-    if drawn.word and (drawn.word.text, drawn.word.color) != (read.word.text, read.word.color):
+    words = [(scene.word.text, scene.word.color) if scene.word else None for scene in (drawn, read)]
+    if words[0] != words[1] or len(drawn.things) != len(read.things):
         return False
     return all(
         any(

@@ -30,7 +30,7 @@ def _drawn(rows: str) -> np.ndarray:
     dots = np.array([[dot == "1" for dot in row] for row in rows.split()])
     points = np.pad(dots.repeat(FINE, axis=0).repeat(FINE, axis=1), 2 * BOLD)
     around = np.lib.stride_tricks.sliding_window_view(points, (2 * BOLD + 1, 2 * BOLD + 1))
-    return around.any(axis=(2, 3)).astype(np.float32)
+    return np.asarray(around.any(axis=(2, 3)), dtype=np.float32)
 
 
 GLYPHS = {letter: _drawn(rows) for letter, rows in _DRAWN.items()}
@@ -46,7 +46,8 @@ def coverage(start: float, step: float, count: int, pixels: int) -> np.ndarray:
     """Share of every pixel in each of `count` strips of width `step` from `start` on: [pixels, count]."""
     left = np.arange(pixels)[:, None]
     edges = start + step * np.arange(count + 1)
-    return (np.minimum(edges[1:], left + 1) - np.maximum(edges[:-1], left)).clip(0)
+    overlap: np.ndarray = np.minimum(edges[1:], left + 1) - np.maximum(edges[:-1], left)
+    return overlap.clip(0)
 
 
 def ink(word: Word, size: int) -> np.ndarray:

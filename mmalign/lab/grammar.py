@@ -1,6 +1,7 @@
 """The language of the lab: prompts for tasks and back, captions for scenes."""
 
 import re
+from collections.abc import Container
 
 from mmalign.lab.scenes import CANVAS, COLORS, LETTERS, RELATIONS, SHAPES, Relation, Scene, Thing
 from mmalign.lab.tasks import PLACES, SAID_SIZES, Group, Spelling, Task
@@ -74,7 +75,7 @@ class _Reader:
             if word not in known:
                 raise ValueError(f"parse: {word!r} is not a word of the lab, in {self.phrase!r}")
 
-    def take(self, known: object) -> str | None:
+    def take(self, known: Container[str]) -> str | None:
         """The next word if it is one of the known ones, else None and the word stays."""
         return self.words.pop(0) if self.words and self.words[0] in known else None
 

@@ -1,9 +1,9 @@
 """Combinations that training never shows, so that a held-out prompt asks for something new of known parts.
 
 About a sixth of each table is held out. Every part (color, shape, count, size, relation, letter) remains in
-training in other combinations. The rule speaks about what a picture shows, not only about what a prompt says:
-a training scene contains none of these, stated or not. Relations are written with "left of" and "above", their
-inverses are the same facts.
+training in other combinations. The rule speaks about what a picture shows, not only about what a prompt
+says: a training scene contains none of these, stated or not. Relations are written with "left of" and "above"
+alone, as their inverses are the same facts.
 """
 
 from collections import Counter

@@ -21,8 +21,8 @@ def list_prompts(count: int, split: str, shares: Mapping[str, float], seed: int 
     A category with too few prompts gives all it has, and the others fill up: there are 18 single objects.
     """
     rng = random.Random(f"prompts {split} {seed}")
-    found: dict[str, dict[str, None]] = {category: {} for category in CATEGORIES}
-    open_ = list(CATEGORIES)
+    found: dict[str, dict[str, None]] = {category: {} for category in shares}
+    open_ = list(shares)
     while (total := sum(map(len, found.values()))) < count:
         if not open_:
             raise ValueError(
@@ -37,7 +37,7 @@ def list_prompts(count: int, split: str, shares: Mapping[str, float], seed: int 
             open_.remove(category)
         else:
             known[prompt] = None
-    prompts = [prompt for category in CATEGORIES for prompt in found[category]]
+    prompts = [prompt for category in shares for prompt in found[category]]
     rng.shuffle(prompts)
     return prompts
 

@@ -1,7 +1,7 @@
 """Pictures to scenes: ink by color, connected pieces, and for every piece the template most like it.
 
-Made for generated pictures: soft edges and slightly wrong colors are read as what they resemble, specks are left
-out, and a piece that resembles nothing is a thing of shape "blob" (or color "other"), and so something extra.
+Made for generated pictures: soft edges and slightly wrong colors are read as what they resemble, specks are
+left out, and a piece that resembles nothing is a thing of shape "blob" (or color "other"): something extra.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from mmalign.lab.scenes import BACKGROUND, CANVAS, COLORS, SHAPES, SIZES, Scene,
 BLOB, OTHER = "blob", "other"
 INK = 0.4  # share of a full color from which a pixel is ink
 SPECK = 24  # pixels; smaller pieces are dirt. The smallest thing there is, a small star, has about 100
-# Cosine between a piece and its template below which it is a blob. Rendered things have 0.99, also with blur and
-# noise. Raise it to accept only what is drawn well, lower it for models that draw badly.
+# Cosine between a piece and its template below which it is a blob. Rendered things have 0.99, also blurred.
+# Raise it to accept only what is drawn well, lower it for models that draw badly.
 LIKENESS = 0.95
 RADII = (5.0, 14.5)  # pixels; a thing smaller or larger is a blob
-HUE = 0.9  # cosine between a pixel's and a color's step away from the background; below, it is another color
+HUE = 0.95  # cosine between a pixel's and a color's step away from the background; below, it is another color
 
 GROUND = np.array(BACKGROUND) / 255
 NAMES = (*COLORS, OTHER)
@@ -154,7 +154,8 @@ def sample(cover: np.ndarray) -> tuple[np.ndarray, float, tuple[float, float]]:
 
 def interpolation(places: np.ndarray) -> np.ndarray:
     """Weights [places, 64] that read a line of pixels at the given places, linearly; 0 outside."""
-    return (1 - np.abs(places[:, None] - (np.arange(CANVAS) + 0.5))).clip(0, None)
+    away: np.ndarray = np.abs(places[:, None] - (np.arange(CANVAS) + 0.5))
+    return (1 - away).clip(0, None)
 
 
 @cache

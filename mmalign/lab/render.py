@@ -11,27 +11,28 @@ FIFTH = 2 * np.pi / 5
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Signed distance of places to a shape of radius 1, negative inside; a lower bound beyond corners."""
+    edge: np.ndarray
     if shape == "circle":
-        return np.hypot(x, y) - 1
-    if shape == "ring":
-        return np.abs(np.hypot(x, y) - RING_MIDDLE) - RING_HALF_WIDTH
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.9
-    if shape == "triangle":
+        edge = np.hypot(x, y) - 1
+    elif shape == "ring":
+        edge = np.abs(np.hypot(x, y) - RING_MIDDLE) - RING_HALF_WIDTH
+    elif shape == "square":
+        edge = np.maximum(np.abs(x), np.abs(y)) - 0.9
+    elif shape == "triangle":
         # Base 2.4, height 2.15; the slanted sides meet at the apex (0, -1.1).
-        slope = np.hypot(2.15, 1.2)
-        return np.maximum(y - 1.05, (2.15 * np.abs(x) - 1.2 * (y + 1.1)) / slope)
-    if shape == "cross":
+        edge = np.maximum(y - 1.05, (2.15 * np.abs(x) - 1.2 * (y + 1.1)) / np.hypot(2.15, 1.2))
+    elif shape == "cross":
         x, y = np.abs(x), np.abs(y)
-        return np.maximum(np.maximum(x, y) - 1.15, np.minimum(x, y) - 0.42)
-    if shape == "star":
-        # Folded into half a point, the outline is the line from the tip to the notch.
+        edge = np.maximum(np.maximum(x, y) - 1.15, np.minimum(x, y) - 0.42)
+    elif shape == "star":
+        # Folded into half a point, the outline leads from the tip by (-u, v) to the notch.
         angle = np.abs((np.arctan2(x, 0.1 - y) + FIFTH / 2) % FIFTH - FIFTH / 2)
         length = np.hypot(x, y - 0.1)
-        tip, notch = 1.3, (0.58 * np.cos(FIFTH / 2), 0.58 * np.sin(FIFTH / 2))
-        side = np.hypot(tip - notch[0], notch[1])
-        return ((length * np.cos(angle) - tip) * notch[1] + length * np.sin(angle) * (tip - notch[0])) / side
-    raise ValueError(f"distance: {shape!r} is not a shape of the lab")
+        u, v = 1.3 - 0.58 * np.cos(FIFTH / 2), 0.58 * np.sin(FIFTH / 2)
+        edge = ((length * np.cos(angle) - 1.3) * v + length * np.sin(angle) * u) / np.hypot(u, v)
+    else:
+        raise ValueError(f"distance: {shape!r} is not a shape of the lab")
+    return edge
 
 
 def paint(picture: np.ndarray, thing: Thing) -> None:

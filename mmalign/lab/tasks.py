@@ -192,9 +192,8 @@ def _draw(rng: random.Random, category: str) -> Task:
     if rng.random() < 0.2:
         color = colors[0] if rng.random() < 0.6 else None
         return Task((Group(shapes[0], color=color, place=rng.choice(PLACES)),))
-    if shapes[0] != shapes[1] and rng.random() < 0.4:
-        colors = [None, None]
-    groups = (Group(shapes[0], color=colors[0]), Group(shapes[1], color=colors[1]))
+    colored = shapes[0] == shapes[1] or rng.random() < 0.6
+    groups = tuple(Group(shapes[i], color=colors[i] if colored else None) for i in (0, 1))
     return Task(groups, (Relation(0, rng.choice(RELATIONS), 1),))
 
 

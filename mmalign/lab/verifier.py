@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mmalign.lab.reading import read_scene
 from mmalign.lab.scenes import Scene, Thing, relation
-from mmalign.lab.tasks import Group, Task, placed
+from mmalign.lab.tasks import Group, Spelling, Task, placed
 
 __all__ = ["Check", "Verdict", "judge", "read_scene", "score"]
 
@@ -62,7 +62,7 @@ def score(image: Any, task: Task) -> Verdict:
 def judge(scene: Scene, task: Task) -> Verdict:
     """The verdict on a scene that was already read."""
     if task.word:
-        return judge_word(scene, task)
+        return judge_word(scene, task.word)
     asked = sum(group.count for group in task.groups)
     verdicts = [
         Verdict(task.category, checks, asked, extras(scene, task), scene)
@@ -155,9 +155,8 @@ def likeness(group: Group, thing: Thing) -> float:
     return (1 + sum(right.values())) / (1 + len(right))
 
 
-def judge_word(scene: Scene, task: Task) -> Verdict:
+def judge_word(scene: Scene, asked: Spelling) -> Verdict:
     """The verdict on a task that asks for a word; its color counts as far as the spelling is right."""
-    asked = task.word
     seen = scene.word.text if scene.word else ""
     spelling = max(0.0, 1 - edit_distance(seen, asked.text) / len(asked.text))
     checks = [Check(f'"{asked.text}"', spelling)]
