@@ -118,7 +118,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of the global generators, for rewards that draw from them; our own streams are keyed instead."""
+    """The state of the global generators, for rewards that draw from them; our own streams are keyed."""
     import numpy as np
 
     _, words, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
@@ -139,10 +139,11 @@ def restore_random(state: Mapping[str, Any]) -> None:
     """Put back what `random_state` gave."""
     import numpy as np
 
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
     keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    words = keys.numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -81,7 +81,7 @@ def leave_one_out(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -
 def rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
     """Share of the peers that a unit beats less the share that beats it, in [-1, 1]."""
     values, out = values.double(), torch.zeros_like(values, dtype=torch.float64)
-    for one in group.unique():
+    for one in torch.unique(group):
         rows = group == one
         v, ok = values[rows], valid[rows]
         shape = v.shape
@@ -95,7 +95,8 @@ def rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Of each unit's valid peers, itself among them: how many, its distance to their mean, their summed squares."""
+    """Of each unit's valid peers, itself among them: their number, its distance to their mean, their summed
+    squares."""
 
     count: Tensor
     distance: Tensor
@@ -221,8 +222,8 @@ class Credit:
         ]
         names = tuple(s.name for s in signals) if self.combine == "apart" else ("total",)
         if self.combine != "apart":
-            rows = [torch.stack(torch.broadcast_tensors(*rows)).sum(0)]
-        values = torch.stack(torch.broadcast_tensors(*rows)).clamp(-self.clip, self.clip)
+            rows = [torch.stack(_alike(rows)).sum(0)]
+        values = torch.stack(_alike(rows)).clamp(-self.clip, self.clip)
         counted = torch.stack([_valid(s).any(1) for s in signals]).any(0)
         weight = self._loudness(trajectory, counted, peers, part)
         device = trajectory.log_prob.device
@@ -262,10 +263,15 @@ def fold(signal: RewardSignal, views: int) -> RewardSignal:
         return signal
     if signal.unit is not Unit.SAMPLE:
         raise ValueError(
-            f"{signal.name}: only a reward per sample can judge several completions, not one per {signal.unit.label}"
+            f"{signal.name}: several completions can only be judged by a reward per sample, "
+            f"not by one per {signal.unit.label}"
         )
     values, valid = signal.values.reshape(-1, views), _valid(signal).reshape(-1, views)
     return replace(signal, values=values, valid=valid, unit=Unit.COMPLETION, where=Whole(), details=None)
+
+
+def _alike(rows: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch.broadcast_tensors(*rows))  # type: ignore[no-untyped-call]
 
 
 def _valid(signal: RewardSignal) -> Tensor:

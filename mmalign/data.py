@@ -23,9 +23,7 @@ class PromptSettings:
 
     file: str  # training prompts: .txt, one a line, or .jsonl with a "prompt" and whatever else rewards need
     heldout_file: str | None = None  # prompts for evaluation only
-    per_iteration: int = (
-        48  # distinct prompts per iteration; raise it for steadier updates, lower it for faster ones
-    )
+    per_iteration: int = 48  # distinct prompts per iteration; more make steadier updates, fewer faster ones
     group: int = 24  # samples per prompt; below 12 the comparison inside a group gets noisy
 
     def __post_init__(self) -> None:
@@ -90,7 +88,7 @@ class PromptSource:
     def __init__(self, prompts: Sequence[Prompt], per_iteration: int, group: int, seed: int) -> None:
         if len(prompts) < per_iteration:
             raise PromptError(
-                f"prompts.per_iteration asks for {per_iteration} distinct prompts, there are only {len(prompts)}"
+                f"prompts.per_iteration asks for {per_iteration} distinct prompts, there are {len(prompts)}"
             )
         self.prompts, self.per_iteration, self.group, self.seed = list(prompts), per_iteration, group, seed
 
@@ -108,7 +106,7 @@ class PromptSource:
             )
 
     def at(self, iteration: int, rank: int = 0, world: int = 1) -> Prompts:
-        """What `rank` samples in `iteration`: whole groups if they can be dealt out evenly, else a part of each."""
+        """What `rank` samples: whole groups if they can be dealt out evenly, else a part of each."""
         self.check_split(world)
         chosen = self._chosen(iteration)
         indices = list(range(self.per_iteration))

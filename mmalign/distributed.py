@@ -1,4 +1,4 @@
-"""Where this process stands among its peers, and the few collectives that the loop needs. Only here: accelerate."""
+"""Where this process stands among its peers, and the few collectives of the loop; accelerate is only here."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Distributed:
 
     @property
     def kind(self) -> str:
-        """How the parameters are spread, in lower case: "no", "multi_cpu", "multi_gpu", "fsdp", "deepspeed", ..."""
+        """How the parameters are spread: "no", "multi_cpu", "multi_gpu", "fsdp", "deepspeed", ..."""
         return str(self._accelerator.distributed_type.value).lower()
 
     @property

@@ -1,4 +1,4 @@
-"""What the loop measures about itself: where the time goes, how far the policy moved, how much memory it took."""
+"""What the loop measures about itself: where time goes, how far the policy moves, what memory it takes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Reading:
-    """Of one measure over all counted actions: mean, mean and maximum of the size, and the mean by column of S."""
+    """Of one measure over all counted actions: mean, mean and maximum of the size, mean by column of S."""
 
     mean: float
     size: float
@@ -63,7 +63,7 @@ class Meter:
         self._shares: set[str] = set()
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=self._dtype, device=self._device)
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     def add(self, measures: Mapping[str, Tensor], counted: Tensor, columns: Tensor) -> None:
         """measures: [n, *site] each; counted: [n, *site] bool; columns: [n], the action of the sequence."""
@@ -72,8 +72,8 @@ class Meter:
         self._count.index_add_(0, columns, flat.to(self._dtype).sum(1))
         for name, values in measures.items():
             if name not in self._sums:
-                self._sums[name], self._sizes[name] = self._zeros(self._columns), self._zeros(())
-                self._most[name] = self._zeros(())
+                self._sums[name], self._sizes[name] = self._zeros(self._columns), self._zeros()
+                self._most[name] = self._zeros()
             if values.dtype == torch.bool:
                 self._shares.add(name)
             kept = torch.where(flat, values.reshape(flat.shape).to(self._dtype), 0.0)

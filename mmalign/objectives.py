@@ -15,6 +15,7 @@ from mmalign.records import Evaluation, Minibatch
 KLForm = Literal["gaussian", "velocity", "per_step"]
 Measures = dict[str, Tensor]  # [n, *site] each, without gradient; the trainer takes means and maxima
 
+REFERENCE = "reference"  # the copy of the parameters that the KL pulls towards
 CEILING = 30.0  # log-ratios above it push no further: exp(30) fits into fp32 with room for its products
 
 
@@ -35,7 +36,7 @@ class Objective(Protocol):
 
 
 def clipped_gain(log_ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
-    """min(r A, clip(r, 1 - low, 1 + high) A) for r = exp(log_ratio), without ever forming an r that overflows.
+    """min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log_ratio), and no r that could overflow.
 
     The minimum only ever bounds r from above where A > 0 and from below where A < 0, so one clamp of the
     logarithm gives both its value and its gradient.
@@ -49,7 +50,7 @@ def divergence(new: Evaluation, reference: Evaluation, form: KLForm = "gaussian"
     """KL from the reference at each action, [n, *site] or broadcastable: exact where actions are Gaussian.
 
     gaussian    |mean - mean_ref|^2 / (2 std^2)       the KL of the two steps
-    per_step    |mean - mean_ref|^2 / (2 g^2)         Flow-GRPO's public code, which leaves out d: std^2 = g^2 d
+    per_step    |mean - mean_ref|^2 / (2 g^2)         early public Flow-GRPO, without the d of std^2 = g^2 d
     velocity    |v - v_ref|^2                         the same weight for every step
 
     Each is a mean over the latent, as the log-probability of the public codes is. `conversion` gives the
@@ -81,8 +82,8 @@ def conversion(form: KLForm, g: float, sigma: float, step: float) -> float:
     """What a form of the KL gives at one step of Flow-SDE or Dance-SDE, per unit of the exact Gaussian KL.
 
     g: noise rate at sigma, so that std^2 = g^2 step. The mean moves with the velocity by
-    -step (1 + g^2 (1 - sigma) / (2 sigma)). To keep the pull of a published beta, multiply it by the factor of its own
-    form and divide by the factor of yours.
+    -step (1 + g^2 (1 - sigma) / (2 sigma)). To keep the pull of a published beta, multiply it by the factor
+    of its own form and divide by the factor of yours.
     """
     if form == "gaussian":
         return 1.0
@@ -118,7 +119,7 @@ class ClippedRatio:
     def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]:
         if self.kl:
             # First, so that the parameters are swapped before there is a graph that looks at them.
-            with torch.no_grad(), policy.copies.use("reference"):
+            with torch.no_grad(), policy.copies.use(REFERENCE):
                 reference = policy.evaluate(batch.trajectory, batch.pick)
         new = policy.evaluate(batch.trajectory, batch.pick)
         log_ratio = new.log_prob - batch.log_prob

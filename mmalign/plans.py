@@ -24,7 +24,7 @@ def every_step(steps: int) -> PlanAt:
 
 
 def random_window(steps: int, width: int, starts: range, share_noise: bool) -> PlanAt:
-    """Flow-GRPO-Fast: `width` actions in a row from a start drawn anew in each iteration, the same for all groups."""
+    """Flow-GRPO-Fast: `width` actions in a row, from a start that each iteration draws for all groups."""
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     if not starts or starts[0] < 0 or starts[-1] + width > steps - 1:

@@ -75,16 +75,16 @@ class Scorer:
             said = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
             if lost > self.missing_limit:
                 raise RewardError(
-                    f"reward {signal.name!r} has no verdict for {lost:.0%} of the samples, more than the limit of "
-                    f"{self.missing_limit:.0%} (training.max_missing). "
+                    f"reward {signal.name!r} has no verdict for {lost:.0%} of the samples, more than the "
+                    f"limit of {self.missing_limit:.0%} (training.max_missing). "
                     f"{'On this process: ' + said if said else 'The failures are on another process.'}"
                 )
             for reason in reasons:
                 if (signal.name, reason) not in self._warned:
                     self._warned.add((signal.name, reason))
                     warnings.warn(
-                        f"reward {signal.name!r} gave no verdict for {reasons[reason]} of {len(missing)} samples: "
-                        f"{reason}. They count as missing; this is said once, the share is logged in each iteration.",
+                        f"reward {signal.name!r} has no verdict for {reasons[reason]} of {len(missing)} samples "
+                        f"({reason}). They count as missing; this is said once, the share always logged.",
                         RuntimeWarning,
                         stacklevel=3,
                     )
@@ -203,7 +203,7 @@ def _group_std(values: Tensor, ok: Tensor, row: Tensor) -> float:
         return total / torch.zeros(groups).double().index_add_(0, row, ok.double()).clamp(min=1)
 
     variance = mean((values - mean(values)[row]) ** 2)
-    return variance.sqrt()[row[ok].unique()].mean().item()
+    return variance.sqrt()[torch.unique(row[ok])].mean().item()
 
 
 def _means(details: Sequence[Mapping[str, object]] | None, objects: Objects) -> dict[str, float]:

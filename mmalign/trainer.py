@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,26 +15,23 @@ from torch import Tensor, nn
 
 from mmalign import checkpoints
 from mmalign.contracts import Key, LearnedReward, Policy
-from mmalign.copies import Copies
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed
-from mmalign.health import Clock, Meter, named, peak_memory
-from mmalign.objectives import Objective
+from mmalign.health import Clock, peak_memory
+from mmalign.learning import AVERAGE, Learner, TrainingError
+from mmalign.objectives import REFERENCE, Objective
 from mmalign.plans import PlanAt
-from mmalign.records import Advantage, Minibatch, Pick, Plan, Prompts, Trajectory
+from mmalign.records import Advantage, Plan, Prompts
 from mmalign.scoring import Scorer, Scores, summarize
 from mmalign.sde import Noise
 from mmalign.tracking import NoTracker, Tracker
 from mmalign.updates import Summed, Update
 
-AVERAGE, REFERENCE = "average", "reference"
+__all__ = ["AVERAGE", "REFERENCE", "Algorithm", "Trainer", "TrainingError", "TrainingSettings"]
+
 Evaluate = Callable[
     [int], Mapping[str, float]
 ]  # after so many iterations -> metrics, none where it is not due
-
-
-class TrainingError(RuntimeError):
-    """Training that must not go on; the message says what was seen and what to try."""
 
 
 @dataclass(frozen=True)
@@ -43,28 +39,18 @@ class TrainingSettings:
     """How long, how fast and how carefully to train."""
 
     iterations: int = 100  # each samples, scores and learns from per_iteration x group samples
-    learning_rate: float = (
-        3e-4  # of AdamW; lower it when rewards collapse, raise it when the ratio stays at 1
-    )
+    learning_rate: float = 3e-4  # of AdamW; lower it when rewards collapse, raise it when ratios stay at 1
     warmup: int = 0  # optimizer updates over which the learning rate rises to its value
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     weight_decay: float = 1e-4  # of AdamW; pulls LoRA weights, and so the policy, back to the base model
     grad_clip: float = 1.0  # largest norm of the gradient in an update
-    updates: int = (
-        2  # optimizer updates per iteration, each over an equal part of the groups; 1 keeps the ratio at 1
-    )
-    batch: int = (
-        16  # network rows per forward and backward in the update; no effect on the result, only on memory
-    )
-    seed: int = 0  # of prompts, noise and windows; not of weights
+    updates: int = 2  # optimizer updates per iteration, each over its part of the groups; 1 keeps ratios at 1
+    batch: int = 16  # network rows per forward in the update; changes memory and speed, not the result
+    seed: int = 0  # of everything that is drawn: prompts, noise, windows, fresh adapters
     ema_decay: float = 0.9  # of the moving average of the parameters, with warm-up; 0: keep no average
     ema_every: int = 1  # optimizer updates between two moves of the average
-    skip_idle: bool = (
-        False  # leave out samples whose gradient is exactly zero (all equal in their group); same result
-    )
-    noise_floor: Literal["error", "warn"] = (
-        "error"  # what to do where rounding alone fills a third of the clip range
-    )
+    skip_idle: bool = False  # leave out samples whose gradient is exactly zero; faster, same result
+    noise_floor: Literal["error", "warn"] = "error"  # where rounding fills a third of the clip range
     max_missing: float = 0.2  # share of samples without a verdict above which the run stops
     max_bad_steps: int = 5  # updates in a row with NaN or infinite loss or gradient before the run stops
     save_every: int = 20  # iterations between checkpoints; the last iteration always has one; 0: only that
@@ -131,49 +117,31 @@ class Trainer:
         self.settings, self.run_dir, self.evaluate = settings, run_dir, evaluate
         self.distributed = distributed or Distributed("cpu")
         self.tracker = tracker if tracker is not None and self.distributed.is_main else NoTracker()
-        self.iteration = self.updates = self.bad_in_a_row = self.bad_steps = 0
+        self.iteration = 0
         self.seconds: dict[str, float] = {}  # by phase, over the whole run
-        self._stop = self._floor_known = False
+        self._stop = False
         self._check_groups()
-        self._prepare()
+        self.learner = Learner(policy, algorithm, settings, self.distributed)
         self.clock = Clock(self.distributed.device)
 
     def _check_groups(self) -> None:
         prompts = self.prompts.at(0, self.distributed.rank, self.distributed.world)
-        groups, sizes = Peers(prompts, self.distributed.gather).group.unique(return_counts=True)
+        group = Peers(prompts, self.distributed.gather).group
+        groups, sizes = torch.unique(group, return_counts=True)
         if int(sizes.min()) < 2:
             raise ValueError(
                 "a group of one has nobody to be compared with; prompts.group must be at least 2"
             )
         if len(groups) % self.settings.updates:
             raise ValueError(
-                f"training.updates={self.settings.updates} must divide the {len(groups)} groups of an iteration "
-                f"(prompts.per_iteration), because each update takes whole groups"
+                f"training.updates={self.settings.updates} must divide the {len(groups)} groups of an "
+                f"iteration (prompts.per_iteration), because each update takes whole groups"
             )
-
-    def _prepare(self) -> None:
-        policy, settings = self.policy, self.settings
-        trainable = [p for p in policy.module.parameters() if p.requires_grad]
-        if not trainable:
-            raise ValueError("the policy has no trainable parameters")
-        if any(p.dtype.itemsize < 4 for p in trainable):
-            raise ValueError("trainable parameters must be fp32, or small updates would be rounded away")
-        optimizer = torch.optim.AdamW(
-            trainable, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
-        )
-        policy.module, self.optimizer = self.distributed.prepare(policy.module, optimizer)
-        self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
-        if any(a is not b for a, b in zip(trainable, self.parameters, strict=True)):
-            policy.copies = Copies(policy.module)  # sharding has replaced the parameters
-        for name in self.algorithm.copies:
-            policy.copies.save(name)
-        if settings.ema_decay:
-            policy.copies.save(AVERAGE)
 
     # The run.
 
     def run(self) -> None:
-        """Train to the end, from the latest checkpoint if there is one. SIGTERM ends it early, with a checkpoint."""
+        """Train to the end, from the latest checkpoint if there is one. SIGTERM ends it with a checkpoint."""
         self.resume()
         self.clock.lap()
         with self._graceful():
@@ -235,7 +203,7 @@ class Trainer:
             for name in dict.fromkeys(name for one in measured for name in one)
             if (found := [one[name] for one in measured if name in one])
         }
-        metrics["updates"], metrics["updates/bad"] = float(self.updates), float(self.bad_steps)
+        metrics["updates"], metrics["updates/bad"] = float(self.learner.updates), float(self.learner.bad)
         counts = [self.policy.forwards.sample, self.policy.forwards.train, self.policy.forwards.reference]
         memory = peak_memory(self.distributed.device)
         totals = self.distributed.gather(torch.tensor([[*counts, memory]], dtype=torch.int64))
@@ -256,13 +224,13 @@ class Trainer:
         with self.clock("reward"):
             scores = self.scorer(trajectory.outcome, self.distributed.gather)
         with self.clock("credit"):
-            groups = peers.group.unique()
+            groups = torch.unique(peers.group)
             part = torch.searchsorted(groups, prompts.group.cpu()) * self.settings.updates // len(groups)
             advantage = self.algorithm.credit(scores.signals, trajectory, self.policy.locate, peers, part)
             metrics = summarize(scores, peers, trajectory.outcome.views, self.distributed.gather_objects)
             metrics |= self._about(advantage, peers)
         with self.clock("update"):
-            metrics |= self._update(trajectory, advantage, part, plan)
+            metrics |= self.learner.learn(trajectory, advantage, part, plan)
         with self.clock("fit"):
             for reward in self.scorer.rewards:
                 if isinstance(reward, LearnedReward):
@@ -285,155 +253,10 @@ class Trainer:
             "advantage/size": size.mean().item(),
         }
 
-    # The update.
-
-    def _update(
-        self, trajectory: Trajectory, advantage: Advantage, part: Tensor, plan: Plan
-    ) -> dict[str, float]:
-        """All optimizer updates over one batch of samples."""
-        device, columns = self.distributed.device, trajectory.mask.shape[1]
-        values = advantage.values.expand(-1, *trajectory.log_prob.shape)
-        weight = advantage.weight.expand(trajectory.log_prob.shape)
-        meter, floor = Meter(columns, device), Meter(columns, device)
-        losses, norms = [], []
-        for number in range(self.settings.updates):
-            picks = self._picks(trajectory, values, weight, (part == number).nonzero().flatten())
-            if picks is None:
-                continue
-            meters = [meter, floor] if number == 0 and self.algorithm.sampler is None else [meter]
-            loss = self._gradient(trajectory, values, weight, picks, meters)
-            if len(meters) == 2 and not self._floor_known:
-                self._check_floor(floor)
-            norm = self.distributed.clip(self.parameters, self.settings.grad_clip)
-            losses.append(float(loss))
-            norms.append(float(norm))
-            self._move(losses[-1], norms[-1], meter)
-        metrics = named(meter.read(self.distributed.gather), plan.sde_steps)
-        if (reading := floor.read(self.distributed.gather).get("log_ratio")) is not None:
-            metrics |= {"noise_floor/mean": reading.size, "noise_floor/max": reading.most}
-        if losses:
-            total = self.distributed.gather(torch.tensor([losses], dtype=torch.float64)).sum(0)
-            metrics |= {
-                "loss": total.mean().item(),
-                "grad_norm": sum(norms) / len(norms),
-                "grad_norm_max": max(norms),
-            }
-        return metrics | {"learning_rate": self._learning_rate()}
-
-    def _picks(
-        self, trajectory: Trajectory, values: Tensor, weight: Tensor, rows: Tensor
-    ) -> list[Pick | None] | None:
-        """The forwards of an update on this rank; None stands for a repeat without weight that keeps ranks in
-        step.
-
-        No list at all where no rank has anything to learn from.
-        """
-        if self.settings.skip_idle:
-            loud = weight > 0
-            if self.algorithm.objective.idle_at_zero:
-                loud = loud & (values != 0).any(0)
-            rows = rows[loud.flatten(1).any(1).cpu()[rows]]
-        picks: list[Pick | None] = (
-            list(self.policy.picks(trajectory, rows, self.settings.batch)) if len(rows) else []
-        )
-        said = float(weight[rows].sum()) if len(rows) else 0.0
-        every = self.distributed.gather(torch.tensor([[len(picks), said]], dtype=torch.float64))
-        if not every[:, 1].sum() > 0:
-            return None
-        return picks + [None] * (int(every[:, 0].max()) - len(picks))
-
-    def _gradient(
-        self,
-        trajectory: Trajectory,
-        values: Tensor,
-        weight: Tensor,
-        picks: list[Pick | None],
-        meters: list[Meter],
-    ) -> Tensor:
-        """Add up the gradient of one update; gives this rank's share of the loss."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self._set_learning_rate()
-        loss = torch.zeros((), dtype=torch.float32, device=self.distributed.device)
-        for i, pick in enumerate(picks):
-            real = pick or next(self.policy.picks(trajectory, torch.tensor([0]), 1))
-            at = (real.rows, real.columns)
-            batch = Minibatch(
-                trajectory, real, values[:, *at], weight[at] if pick else torch.zeros_like(weight[at])
-            )
-            with self.distributed.minibatch(self.policy.module, last=i == len(picks) - 1):
-                each, measures = self.algorithm.objective(self.policy, batch)
-                self.algorithm.update(each, self.parameters, self.distributed.backward)
-            loss += each.detach().sum()
-            for meter in meters:
-                meter.add(measures, batch.weight > 0, real.columns)
-        return loss
-
-    def _move(self, loss: float, norm: float, meter: Meter) -> None:
-        """One optimizer update, unless loss or gradient is not a number."""
-        if self.distributed.any(not (math.isfinite(loss) and math.isfinite(norm))):
-            self._skip(loss, norm, meter)
-            return
-        self.bad_in_a_row = 0
-        self.optimizer.step()
-        self.updates += 1
-        if self.settings.ema_decay and self.updates % self.settings.ema_every == 0:
-            # Warm-up: an average of few updates must not hang on to where it began.
-            moves = self.updates // self.settings.ema_every
-            self.policy.copies.follow(AVERAGE, min(self.settings.ema_decay, (1 + moves) / (10 + moves)))
-
-    def _skip(self, loss: float, norm: float, meter: Meter) -> None:
-        self.bad_steps += 1
-        self.bad_in_a_row += 1
-        names = [
-            n for n, p in self.policy.module.named_parameters() if p.grad is not None and not _finite(p.grad)
-        ]
-        self.optimizer.zero_grad(set_to_none=True)
-        seen = meter.read(self.distributed.gather)
-        if self.bad_in_a_row < self.settings.max_bad_steps:
-            return
-        measures = ", ".join(f"{name} mean {r.mean:.3g} max {r.most:.3g}" for name, r in seen.items())
-        where = (
-            f"{len(names)} parameters have such a gradient, the first is {names[0]}"
-            if names
-            else "no gradient has"
-        )
-        raise TrainingError(
-            f"iteration {self.iteration}: loss {loss:.4g} and gradient norm {norm:.4g}; {where}. This is the "
-            f"{self.bad_in_a_row}. update in a row with a number that is not finite (training.max_bad_steps="
-            f"{self.settings.max_bad_steps}), so training stops; none of these updates touched the weights. "
-            f"Seen in this iteration: {measures}. Usual causes: weights that already blew up (lower "
-            f"training.learning_rate), half precision that overflows (policy.precision=bf16 or fp32), a noise level of 0."
-        )
-
-    def _check_floor(self, floor: Meter) -> None:
-        """Refuse a clip range that rounding alone would fill: with unchanged weights the log-ratio should be 0."""
-        self._floor_known = True
-        clip, reading = (
-            self.algorithm.objective.clip_range,
-            floor.read(self.distributed.gather).get("log_ratio"),
-        )
-        if clip is None or reading is None or clip >= 3 * reading.size:
-            return
-        message = (
-            f"with unchanged weights the log-ratio is already {reading.size:.2g} in the mean and {reading.most:.2g} at "
-            f"most, and the clip range is only {clip:.2g}: less than three times this noise floor. Raise the clip to "
-            f"{3 * reading.size:.2g} or more, or compute in higher precision (policy.precision=fp32)"
-        )
-        if self.settings.noise_floor == "error":
-            raise TrainingError(f"{message}; training.noise_floor=warn trains all the same")
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-    def _learning_rate(self) -> float:
-        return self.settings.learning_rate * min(1.0, (self.updates + 1) / max(1, self.settings.warmup))
-
-    def _set_learning_rate(self) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-
     # Checkpoints.
 
     def save(self) -> Path | None:
-        """Write a checkpoint of everything the loop needs, and the policy in the format of its own library."""
+        """Write a checkpoint: all that the loop needs, and the policy in the format of its own library."""
         if self.run_dir is None:
             return None
         return checkpoints.save(
@@ -450,9 +273,9 @@ class Trainer:
         own = self.distributed.gather_objects([{"random": checkpoints.random_state(), "rewards": learned}])
         state: dict[str, Any] = {
             "iteration": self.iteration,
-            "updates": self.updates,
-            "bad_in_a_row": self.bad_in_a_row,
-            "bad_steps": self.bad_steps,
+            "updates": self.learner.updates,
+            "bad": self.learner.bad,
+            "bad_in_a_row": self.learner.bad_in_a_row,
             "seconds": dict(self.seconds),
             "forwards": self._forwards(),
             "ranks": own,
@@ -460,7 +283,7 @@ class Trainer:
         if self.distributed.sharded:
             self.distributed.save_sharded(folder / "sharded")
         else:
-            state |= {"weights": self._weights(), "optimizer": self.optimizer.state_dict()}
+            state |= {"weights": self._weights(), "optimizer": self.learner.optimizer.state_dict()}
             state["copies"] = self.policy.copies.state_dict()
         if self.distributed.is_main:
             checkpoints.write_state(folder, state)
@@ -487,15 +310,17 @@ class Trainer:
             self.distributed.load_sharded(folder / "sharded")
         else:
             self._take(state["weights"], folder)
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.learner.optimizer.load_state_dict(state["optimizer"])
             self.policy.copies.load_state_dict(state["copies"])
-        self.iteration, self.updates = state["iteration"], state["updates"]
-        self.bad_in_a_row, self.bad_steps = state["bad_in_a_row"], state["bad_steps"]
+        self.iteration, learner = state["iteration"], self.learner
+        learner.updates, learner.bad, learner.bad_in_a_row = (
+            state[name] for name in ("updates", "bad", "bad_in_a_row")
+        )
         self.seconds = dict(state["seconds"])
         if len(state["ranks"]) != self.distributed.world:
             warnings.warn(
-                f"{folder} was written by {len(state['ranks'])} processes and is read by {self.distributed.world}: "
-                f"the run goes on, but not bit for bit as it would have",
+                f"{folder} was written by {len(state['ranks'])} processes and is read by "
+                f"{self.distributed.world}: the run goes on, but not bit for bit as it would have",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -539,7 +364,7 @@ class Trainer:
 def rollouts(
     prompts: Prompts, key: Key, scores: Scores, advantage: Advantage, views: int, cost: float
 ) -> list[dict[str, object]]:
-    """One row a sample: what it was, every reward at its own grain (None: no verdict), what it was credited."""
+    """One row a sample: what it was, every reward at its own grain (None: no verdict), its advantage."""
     credited = advantage.values.transpose(0, 1).cpu()
     rows: list[dict[str, object]] = []
     for b, text in enumerate(prompts.text):
@@ -568,7 +393,3 @@ def rollouts(
             }
         )
     return rows
-
-
-def _finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())

@@ -14,7 +14,7 @@ class Update(Protocol):
     def __call__(
         self, losses: Tensor, parameters: Sequence[nn.Parameter], backward: Callable[[Tensor], None]
     ) -> None:
-        """losses: [K]. backward: takes a scalar, adds its gradient to the parameters; to be called exactly once."""
+        """losses: [K]. backward adds the gradient of a scalar to the parameters; call it exactly once."""
         ...
 
 

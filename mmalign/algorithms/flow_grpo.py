@@ -1,6 +1,7 @@
 """Flow-GRPO: GRPO on a flow model whose ODE is sampled as an SDE (Liu et al. 2025, arXiv:2505.05470).
 
-    J = E 1/(G S) sum_i sum_s [ min(r A, clip(r, 1 - clip, 1 + clip) A) - kl KL ],    A_i = (R_i - mean_group) / std
+    J   = E 1/(G S) sum_i sum_s [ min(r A_i, clip(r, 1 - clip, 1 + clip) A_i) - kl KL ]
+    A_i = (R_i - mean of the group) / std of the batch
 
 Every step but the last is an action, since the last has next to no noise. N samples of T steps cost N T
 forwards to sample and N (T - 1) to train, twice as many with guidance, plus N (T - 1) of the reference where
@@ -19,10 +20,10 @@ from functools import partial
 from typing import Literal
 
 from mmalign.credit import Credit, zscore, zscore_batch
-from mmalign.objectives import ClippedRatio, KLForm
+from mmalign.objectives import REFERENCE, ClippedRatio, KLForm
 from mmalign.plans import every_step
 from mmalign.sde import Noise
-from mmalign.trainer import REFERENCE, Algorithm
+from mmalign.trainer import Algorithm
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,7 @@ class FlowGRPO:
 
     steps: int = 10  # denoising steps in training; fewer are faster, 10 rank as well as 40
     clip: float = 1e-4  # trust region of the ratio; made for log-probabilities that are means over the latent
-    kl: float = (
-        0.04  # pull towards the base model; raise it against lost quality or diversity, 0 saves a forward
-    )
+    kl: float = 0.04  # pull towards the base model; raise it to keep quality and diversity, 0 saves a forward
     kl_form: KLForm = "gaussian"  # gaussian, per_step (Flow-GRPO's early code) or velocity
     std: Literal["batch", "group"] = "batch"  # whose standard deviation scales the advantage
     unbiased: bool = False  # divide the variance by n - 1 rather than n

@@ -21,10 +21,10 @@ from functools import partial
 from typing import Literal
 
 from mmalign.credit import Credit, zscore, zscore_batch
-from mmalign.objectives import ClippedRatio, KLForm
+from mmalign.objectives import REFERENCE, ClippedRatio, KLForm
 from mmalign.plans import random_window
 from mmalign.sde import Noise
-from mmalign.trainer import REFERENCE, Algorithm
+from mmalign.trainer import Algorithm
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,9 @@ class FlowGRPOFast:
 
     steps: int = 10  # denoising steps in training
     width: int = 2  # stochastic steps in a row; 1 halves the cost of the update and learns slightly slower
-    share_noise: bool = (
-        True  # one initial noise per group: cheaper, but members differ by the window's noise alone
-    )
+    share_noise: bool = True  # one initial noise per group: cheaper, but members differ by the window alone
     clip: float = 1e-5  # trust region of the ratio; made for log-probabilities that are means over the latent
-    kl: float = (
-        0.0  # pull towards the base model; raise it against lost quality or diversity, 0 saves a forward
-    )
+    kl: float = 0.0  # pull towards the base model; raise it to keep quality and diversity, 0 saves a forward
     kl_form: KLForm = "gaussian"  # gaussian, per_step (Flow-GRPO's early code) or velocity
     std: Literal["batch", "group"] = "batch"  # whose standard deviation scales the advantage
     unbiased: bool = False  # divide the variance by n - 1 rather than n
@@ -53,7 +49,7 @@ class FlowGRPOFast:
             )
         if not 1 <= self.width <= self.steps // 2:
             raise ValueError(
-                f"width must lie in 1..{self.steps // 2}, the first half of steps={self.steps}, got {self.width}"
+                f"width must lie in 1..{self.steps // 2}, half of steps={self.steps}, got {self.width}"
             )
 
     def build(self, weights: Mapping[str, float]) -> Algorithm:

@@ -1,0 +1,193 @@
+"""The update: from samples with their credit to steps of the parameters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmalign.contracts import Policy
+from mmalign.copies import Copies
+from mmalign.distributed import Distributed
+from mmalign.health import Meter, Reading, named
+from mmalign.records import Advantage, Minibatch, Pick, Plan, Trajectory
+
+if TYPE_CHECKING:
+    from mmalign.trainer import Algorithm, TrainingSettings
+
+AVERAGE = "average"
+
+
+class TrainingError(RuntimeError):
+    """Training that must not go on; the message says what was seen and what to try."""
+
+
+@dataclass(frozen=True)
+class Credited:
+    """A trajectory with its credit on the action grid: values [K, B, S, *site], weight [B, S, *site]."""
+
+    trajectory: Trajectory
+    values: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, advantage: Advantage) -> Credited:
+        grid = trajectory.log_prob.shape
+        return cls(trajectory, advantage.values.expand(-1, *grid), advantage.weight.expand(grid))
+
+    def minibatch(self, pick: Pick) -> Minibatch:
+        at = (pick.rows, pick.columns)
+        return Minibatch(self.trajectory, pick, self.values[:, *at], self.weight[at])
+
+    def silent(self, pick: Pick) -> Minibatch:
+        """The same forward and backward with no weight."""
+        batch = self.minibatch(pick)
+        return Minibatch(self.trajectory, pick, batch.advantage, torch.zeros_like(batch.weight))
+
+
+class Learner:
+    """Holds the optimizer and the trained parameters of a policy, and moves them."""
+
+    def __init__(
+        self, policy: Policy, algorithm: Algorithm, settings: TrainingSettings, distributed: Distributed
+    ) -> None:
+        self.policy, self.algorithm, self.settings, self.distributed = (
+            policy,
+            algorithm,
+            settings,
+            distributed,
+        )
+        self.updates = self.bad = self.bad_in_a_row = 0
+        self._floor_known = False
+        trainable = [p for p in policy.module.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError("the policy has no trainable parameters")
+        if any(p.dtype.itemsize < 4 for p in trainable):
+            raise ValueError("trainable parameters must be fp32, or small updates would be rounded away")
+        optimizer = torch.optim.AdamW(
+            trainable, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
+        )
+        policy.module, self.optimizer = distributed.prepare(policy.module, optimizer)
+        self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
+        if any(a is not b for a, b in zip(trainable, self.parameters, strict=True)):
+            policy.copies = Copies(policy.module)  # sharding has replaced the parameters
+        for name in algorithm.copies:
+            policy.copies.save(name)
+        if settings.ema_decay:
+            policy.copies.save(AVERAGE)
+
+    def learn(
+        self, trajectory: Trajectory, advantage: Advantage, part: Tensor, plan: Plan
+    ) -> dict[str, float]:
+        """Every update over one batch of samples; part: [B], the one in which each sample takes part."""
+        credited, columns = Credited.of(trajectory, advantage), trajectory.mask.shape[1]
+        meter, floor = (Meter(columns, self.distributed.device) for _ in range(2))
+        losses, norms = [], []
+        for number in range(self.settings.updates):
+            picks = self._picks(credited, (part == number).nonzero().flatten())
+            if picks is None:
+                continue
+            fresh = number == 0 and self.algorithm.sampler is None  # the parameters are those that sampled
+            loss = self._gradient(credited, picks, [meter, floor] if fresh else [meter])
+            if fresh and not self._floor_known:
+                self._check_floor(floor.read(self.distributed.gather).get("log_ratio"))
+            norm = self.distributed.clip(self.parameters, self.settings.grad_clip)
+            losses.append(float(loss))
+            norms.append(float(norm))
+            self._step(losses[-1], norms[-1], meter)
+        metrics = named(meter.read(self.distributed.gather), plan.sde_steps)
+        if (reading := floor.read(self.distributed.gather).get("log_ratio")) is not None:
+            metrics |= {"noise_floor/mean": reading.size, "noise_floor/max": reading.most}
+        if losses:
+            total = self.distributed.gather(torch.tensor([losses], dtype=torch.float64)).sum(0)
+            metrics |= {"loss": total.mean().item(), "grad_norm": sum(norms) / len(norms)}
+            metrics["grad_norm_max"] = max(norms)
+        return metrics | {"learning_rate": self._learning_rate()}
+
+    def _picks(self, credited: Credited, rows: Tensor) -> list[Pick | None] | None:
+        """The forwards of an update on this rank; None stands for a repeat that only keeps ranks in step.
+
+        No list at all where no rank has anything to learn from. A sample without weight is left out rather
+        than multiplied by 0: what kept it from a verdict may be NaN.
+        """
+        loud = credited.weight > 0
+        if self.settings.skip_idle and self.algorithm.objective.idle_at_zero:
+            loud = loud & (credited.values != 0).any(0)
+        rows = rows[loud.flatten(1).any(1).cpu()[rows]]
+        picks: list[Pick | None] = []
+        if len(rows):
+            picks += self.policy.picks(credited.trajectory, rows, self.settings.batch)
+        most = int(self.distributed.gather(torch.tensor([len(picks)])).max())
+        return picks + [None] * (most - len(picks)) if most else None
+
+    def _gradient(self, credited: Credited, picks: list[Pick | None], meters: list[Meter]) -> Tensor:
+        """Add up the gradient of one update; gives this rank's share of the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        loss = torch.zeros((), device=self.distributed.device)
+        for i, pick in enumerate(picks):
+            batch = credited.minibatch(pick) if pick else credited.silent(self._spare(credited, picks))
+            with self.distributed.minibatch(self.policy.module, last=i == len(picks) - 1):
+                losses, measures = self.algorithm.objective(self.policy, batch)
+                self.algorithm.update(losses, self.parameters, self.distributed.backward)
+            loss += losses.detach().sum()
+            for meter in meters:
+                meter.add(measures, batch.weight > 0, batch.pick.columns)
+        return loss
+
+    def _spare(self, credited: Credited, picks: list[Pick | None]) -> Pick:
+        """A forward to repeat: one of this update's, else the smallest that there is."""
+        return picks[0] or next(iter(self.policy.picks(credited.trajectory, torch.tensor([0]), 1)))
+
+    def _step(self, loss: float, norm: float, meter: Meter) -> None:
+        """One step of the optimizer, unless loss or gradient is not a number."""
+        if self.distributed.any(not (math.isfinite(loss) and math.isfinite(norm))):
+            self._skip(loss, norm, meter)
+            return
+        self.bad_in_a_row = 0
+        self.optimizer.step()
+        self.updates += 1
+        if self.settings.ema_decay and self.updates % self.settings.ema_every == 0:
+            # Warm-up: an average of few updates must not hang on to where it began.
+            moves = self.updates // self.settings.ema_every
+            self.policy.copies.follow(AVERAGE, min(self.settings.ema_decay, (1 + moves) / (10 + moves)))
+
+    def _skip(self, loss: float, norm: float, meter: Meter) -> None:
+        self.bad += 1
+        self.bad_in_a_row += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.bad_in_a_row < self.settings.max_bad_steps:
+            return
+        readings = meter.read(self.distributed.gather)
+        seen = ", ".join(f"{name} mean {r.mean:.3g} max {r.most:.3g}" for name, r in readings.items())
+        raise TrainingError(
+            f"{self.bad_in_a_row} updates in a row gave a loss or gradient that is not finite "
+            f"(training.max_bad_steps={self.settings.max_bad_steps}), so training stops; none of them "
+            f"touched the weights. The last: loss {loss:.4g}, gradient norm {norm:.4g}, {seen}. Usual causes: "
+            f"weights that blew up before (lower training.learning_rate), or half precision that overflows "
+            f"(policy.precision=bf16 or fp32)."
+        )
+
+    def _check_floor(self, reading: Reading | None) -> None:
+        """Refuse a clip range that rounding alone would fill: before any step the log-ratio should be 0."""
+        self._floor_known = True
+        clip = self.algorithm.objective.clip_range
+        if clip is None or reading is None or not clip < 3 * reading.size:
+            return
+        message = (
+            f"with unchanged weights the log-ratio is already {reading.size:.2g} in the mean and "
+            f"{reading.most:.2g} at most, and the clip range is only {clip:.2g}: less than three times this "
+            f"noise floor. Raise the clip to {3 * reading.size:.2g} or more, or compute in higher precision "
+            f"(policy.precision=fp32)"
+        )
+        if self.settings.noise_floor == "error":
+            raise TrainingError(f"{message}; training.noise_floor=warn trains all the same")
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def _learning_rate(self) -> float:
+        return self.settings.learning_rate * min(1.0, (self.updates + 1) / max(1, self.settings.warmup))
