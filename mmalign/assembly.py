@@ -1,0 +1,318 @@
+"""The parts of a run from its settings; what can be wrong with them is found before the first iteration."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mmalign import __version__, checkpoints, grids, report
+from mmalign.config import ConfigError, RunConfig
+from mmalign.contracts import PolicySettings, RewardModel
+from mmalign.data import PromptSource, read_prompts
+from mmalign.distributed import Distributed
+from mmalign.evaluation import Evaluator, Shown, repeat
+from mmalign.pipelines import load as load_policy
+from mmalign.pipelines import pipeline_class
+from mmalign.pipelines.flow import FlowPolicy
+from mmalign.records import Outcome, Plan
+from mmalign.rewardmodels import load as load_reward
+from mmalign.scoring import Scorer, judge
+from mmalign.sde import Noise
+from mmalign.tracking import METRICS, ROLLOUTS, SAMPLES, NoTracker, RunTracker, Tracker
+from mmalign.trainer import AVERAGE, REFERENCE, Algorithm, Trainer
+
+CONFIG = "config.yaml"
+OURS = (METRICS, ROLLOUTS, SAMPLES, CONFIG, checkpoints.FOLDER, report.EVALUATION, report.FACTS)
+
+
+@dataclass
+class Run:
+    """A run that is ready to start."""
+
+    config: RunConfig
+    folder: Path
+    distributed: Distributed
+    policy: FlowPolicy
+    algorithm: Algorithm
+    trainer: Trainer
+    evaluator: Evaluator
+    tracker: Tracker
+    plan: dict[str, Any]
+    began: float = field(default_factory=time.perf_counter)
+
+    def train(self) -> dict[str, Any]:
+        """Evaluate the base, train, evaluate what came out; gives report.json on the main process."""
+        main = self.distributed.is_main
+        places = self.folder / report.EVALUATION
+        if self.distributed.any(main and not (places / f"{report.BASE}.json").is_file()):
+            self._evaluate(
+                report.BASE, 0
+            )  # a run that goes on has its base weights until the trainer loads others
+        if main:
+            self._facts()
+        self.trainer.run()
+        self._evaluate(report.TRAINED, self.trainer.iteration)
+        if self.config.evaluation.average and AVERAGE in self.policy.copies:
+            with self.policy.copies.use(AVERAGE):
+                self._evaluate(report.AVERAGE, None)
+        self.tracker.close()
+        result = report.write(self.folder) if main else {}
+        self.distributed.barrier()
+        return result
+
+    def look(self, iteration: int) -> dict[str, float]:
+        """Held-out scores and the sample grid, where they are due after so many iterations."""
+        settings = self.config.evaluation
+        if iteration == self.config.training.iterations:
+            return {}  # the end has an evaluation of its own
+        if settings.every and iteration % settings.every == 0:
+            scores, shown = self.evaluator.scores(self.policy)
+            self._draw(shown, iteration)
+            found = {f"heldout/{name}": score.mean for name, score in scores.scores.items()}
+            return found | ({"heldout/diversity": scores.diversity} if scores.diversity is not None else {})
+        if settings.grid_every and iteration % settings.grid_every == 0:
+            self._draw(self.evaluator.grid(self.policy), iteration)
+        return {}
+
+    def _evaluate(self, name: str, iteration: int | None) -> None:
+        scores, shown = self.evaluator.scores(self.policy)
+        if not self.distributed.is_main:
+            return
+        folder = self.folder / report.EVALUATION
+        folder.mkdir(exist_ok=True)
+        if iteration is not None:
+            self._draw(shown, iteration)
+        if name == report.TRAINED and (folder / "base.pt").is_file():
+            before = Shown.load(folder / "base.pt")
+            panels = [before.panel("before"), shown.panel("after")]
+            sheet = grids.grid(shown.prompts, panels)
+            (self.folder / SAMPLES).mkdir(exist_ok=True)
+            sheet.save(self.folder / SAMPLES / report.BEFORE_AFTER)
+        shown.save(folder / f"{name}.pt")
+        scores.save(folder / f"{name}.json")  # last, so that it stands for all of them
+
+    def _draw(self, shown: Shown, iteration: int) -> None:
+        if self.distributed.is_main:
+            sheet = grids.grid(shown.prompts, [shown.panel("")], f"after {iteration} iterations")
+            self.tracker.images(iteration, "step", sheet)
+
+    def _facts(self) -> None:
+        """What a report should tell that no other file does."""
+        path = self.folder / report.FACTS
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        facts = {
+            "setup_seconds": before.get("setup_seconds", 0.0) + time.perf_counter() - self.began,
+            "device": device_name(self.distributed.device),
+            "processes": self.distributed.world,
+            "heldout_file": self.config.prompts.heldout_file or self.config.prompts.file,
+            "versions": {
+                "python": platform.python_version(),
+                "mmalign": __version__,
+                **{
+                    name: version(name)
+                    for name in ("torch", "diffusers", "transformers", "peft", "accelerate")
+                },
+            },
+            "plan": self.plan,
+        }
+        path.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{device.type}, {os.cpu_count()} cores" if device.type == "cpu" else device.type
+
+
+def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> Run:
+    """Everything a run needs. fresh: remove what an earlier run left. write: False makes no file."""
+    began = time.perf_counter()
+    pipeline_class(config.policy.model)  # cheap checks first
+    source = PromptSource.read(config.prompts, config.training.seed)
+    heldout = read_prompts(config.prompts.heldout_file or config.prompts.file)
+    distributed = Distributed(None if torch.accelerator.is_available() else "cpu")
+    source.check_split(distributed.world)
+    folder = Path(config.run.dir)
+    if write and distributed.is_main:
+        prepare_folder(folder, fresh)
+    distributed.barrier()
+    rewards, weights = make_rewards(config)
+    algorithm: Algorithm = config.algorithm.build(weights)
+    check_noise(algorithm, config.training.seed)
+    policy = make_policy(config.policy, algorithm.noise, distributed.device, config.training.seed)
+    tracker: Tracker = NoTracker()
+    if write and distributed.is_main:
+        tracker = RunTracker(
+            folder,
+            tensorboard=config.run.tensorboard,
+            wandb=config.run.wandb,
+            rollouts_every=config.run.rollouts,
+            iterations=config.training.iterations,
+            settings=config.to_dict(),
+        )
+    trainer = Trainer(
+        policy,
+        algorithm,
+        Scorer(rewards, config.training.max_missing),
+        source,
+        config.training,
+        distributed,
+        tracker,
+        folder if write else None,
+    )
+    evaluator = Evaluator(heldout, rewards, config.evaluation, distributed)
+    probe(rewards, policy, evaluator)
+    plan = derive(config, algorithm, policy, distributed.world, len(source.prompts))
+    if write and distributed.is_main:
+        save_config(folder, config, plan)
+    run = Run(config, folder, distributed, policy, algorithm, trainer, evaluator, tracker, plan, began)
+    trainer.evaluate = run.look if write else None
+    return run
+
+
+def make_policy(
+    settings: PolicySettings, noise: Noise, device: torch.device | str = "cpu", seed: int = 0
+) -> FlowPolicy:
+    return load_policy(settings, noise, device, seed=seed)
+
+
+def make_rewards(config: RunConfig) -> tuple[list[RewardModel], dict[str, float]]:
+    """The reward models, and their weights by the names that they give themselves."""
+    rewards = [load_reward(name, **reward.settings) for name, reward in config.rewards.items()]
+    weights = {r.name: given.weight for r, given in zip(rewards, config.rewards.values(), strict=True)}
+    if len(weights) < len(rewards):
+        raise ConfigError(f"every reward needs a name of its own, got {[r.name for r in rewards]}")
+    if not any(weights.values()):
+        raise ConfigError(f"rewards: at least one weight must not be 0, got {weights}")
+    return rewards, weights
+
+
+def check_noise(algorithm: Algorithm, seed: int) -> None:
+    if algorithm.noise.level == 0 and any(plan.sde_steps for plan in algorithm.plans(0, seed)):
+        raise ConfigError(
+            "algorithm.noise.level is 0, but the algorithm learns from noise; usual are 0.3 to 1"
+        )
+
+
+@torch.no_grad()
+def probe(rewards: Sequence[RewardModel], policy: FlowPolicy, evaluator: Evaluator) -> None:
+    """Show every reward two pictures, drawn in one step, so that what it cannot do comes out now."""
+    prompts = repeat(evaluator.prompts, [0], 2)
+    before = policy.forwards.sample
+    images = policy.images(prompts, 1, (0, "probe"))
+    policy.forwards.sample = before
+    for reward in rewards:
+        _, reasons = judge(reward, Outcome(prompts, images))
+        raised = [reason for reason in reasons if not reason.startswith("the value is not finite")]
+        if raised and sum(reasons.values()) == len(prompts):
+            raise ConfigError(f"reward {reward.name!r} fails on what this policy draws: {raised[0]}")
+
+
+# The folder
+
+
+def prepare_folder(folder: Path, fresh: bool) -> None:
+    """Make the folder, see that it can be written, and with `fresh` remove an earlier run's files from it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".writable_{os.getpid()}"
+        trial.write_text("")
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.dir: cannot write into {folder}: {error.strerror or error}") from None
+    if fresh:
+        events = [path.name for path in folder.glob("events.out.tfevents.*")]
+        for name in (*OURS, "report.json", "report.html", *events):
+            path = folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.exists():
+                path.unlink()
+
+
+def save_config(folder: Path, config: RunConfig, plan: Mapping[str, Any]) -> None:
+    """The resolved settings, which can be run again, and below them as comments what follows from them."""
+    follows = "".join(f"#   {name}: {value}\n" for name, value in plan.items())
+    text = (
+        f"# Resolved settings of this run, mmalign {__version__}.\n{config.to_yaml()}\n# Derived:\n{follows}"
+    )
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def changes(folder: Path, config: RunConfig) -> list[str]:
+    """What differs between the settings that a folder was run with and the present ones."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return []
+    before, now = flat(yaml.safe_load(path.read_text(encoding="utf-8"))), flat(config.to_dict())
+    return [
+        f"{name}: {before.get(name, 'unset')} -> {now.get(name, 'unset')}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name) and name != "run.dir"
+    ]
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """A nest of mappings by dotted names."""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    return {
+        name: leaf
+        for key, item in value.items()
+        for name, leaf in flat(item, f"{path}.{key}" if path else str(key)).items()
+    }
+
+
+# The plan
+
+
+def derive(
+    config: RunConfig, algorithm: Algorithm, policy: FlowPolicy, world: int, prompts: int
+) -> dict[str, Any]:
+    """What follows from the settings and is never set: sizes of batches, counts of updates and forwards."""
+    trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in policy.module.parameters())
+    groups, size, updates = config.prompts.per_iteration, config.prompts.group, config.training.updates
+    samples, rows = groups * size, policy.adapter.rows(config.policy.guidance)
+    found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]
+    costs = [[forwards(plan, samples, groups, rows) for plan in plans] for plans in found]
+    sample = sum(cost[0] for plans in costs for cost in plans) / len(costs)
+    train = sum(cost[1] for plans in costs for cost in plans) / len(costs)
+    actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})
+    return {
+        "trained parameters": f"{trained:,} of {whole:,}",
+        "prompts in an epoch": f"{prompts // groups * groups:,} of {prompts:,}",
+        "samples an iteration": f"{groups} prompts x {size} = {samples}, {samples // world} a process",
+        "denoising steps": f"{found[0][0].steps}, of them stochastic {' or '.join(map(str, actions))}",
+        "updates an iteration": f"{updates}, each over {groups // updates} of the groups",
+        "forwards an iteration": f"{sample:.0f} to sample, {train:.0f} to train"
+        + (f", {train:.0f} of the reference" if REFERENCE in algorithm.copies else ""),
+        "network rows of a forward": f"at most {policy.chunk} to sample, {config.training.batch} to train",
+    }
+
+
+def forwards(plan: Plan, samples: int, groups: int, rows: int) -> tuple[int, int]:
+    """Sample-forwards to sample and to train under a plan.
+
+    Members that share their noise are one sample up to their first action and share its forward.
+    """
+    shared = samples - groups if plan.share_noise and plan.sde_steps else 0
+    start = plan.sde_steps[0] if plan.sde_steps else 0
+    tail = sum(
+        -(-(plan.steps - 1 - last) // stride)
+        for last in [(plan.sde_steps or (-1,))[-1]]
+        for stride in plan.strides
+    )
+    sample = samples * ((plan.sde_steps[-1] + 1 if plan.sde_steps else 0) + tail) - shared * (start + 1)
+    return sample * rows, (samples * len(plan.sde_steps) - shared) * rows

@@ -1,0 +1,167 @@
+"""Where the time of an iteration goes: timers around everything that is not ours, and the rest is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmalign.assembly import Run, assemble, device_name
+from mmalign.config import RunConfig
+from mmalign.contracts import LearnedReward, RewardModel
+from mmalign.records import Outcome, RewardSignal
+
+MODEL = ("network forward", "network backward", "text encoders", "VAE", "reward")
+TARGET = 0.05  # share of an iteration that may go elsewhere
+
+
+class Stopwatch:
+    """Seconds by name; a timer inside another one takes its time from it, so that all add up to the whole."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._open: list[list[Any]] = []  # [name, began, seconds of inner timers]
+
+    def start(self, name: str) -> None:
+        self._wait()
+        self._open.append([name, perf_counter(), 0.0])
+
+    def stop(self) -> None:
+        self._wait()
+        name, began, inner = self._open.pop()
+        spent = perf_counter() - began
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent - inner
+        if self._open:
+            self._open[-1][2] += spent
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.stop()
+
+    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self(name):
+                return call(*args, **kwargs)
+
+        return timed
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class TimedReward:
+    """A reward under a stopwatch."""
+
+    def __init__(self, reward: RewardModel, watch: Stopwatch) -> None:
+        self.name, self._reward, self._watch = reward.name, reward, watch
+
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        with self._watch("reward"):
+            return self._reward(outcome)
+
+
+def instrument(run: Run, watch: Stopwatch) -> None:
+    """Put timers around the network, its backward, VAE, text encoders, rewards and the optimizer."""
+    policy, trainer = run.policy, run.trainer
+    pipeline = policy.adapter.pipeline
+    watch_module(run.distributed.unwrap(policy.module), "network forward", watch)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name.startswith("text_encoder"):
+            watch_module(part, "text encoders", watch)
+    pipeline.vae.decode = watch.wrap("VAE", pipeline.vae.decode)
+    run.distributed.backward = watch.wrap("network backward", run.distributed.backward)  # type: ignore[method-assign]
+    trainer.learner.optimizer.register_step_pre_hook(lambda *_: watch.start("optimizer"))
+    trainer.learner.optimizer.register_step_post_hook(lambda *_: watch.stop())
+    trainer.scorer.rewards = [
+        reward if isinstance(reward, LearnedReward) else TimedReward(reward, watch)
+        for reward in trainer.scorer.rewards
+    ]
+
+
+def watch_module(module: nn.Module, name: str, watch: Stopwatch) -> None:
+    module.register_forward_pre_hook(lambda *_: watch.start(name))
+    module.register_forward_hook(lambda *_: watch.stop())
+
+
+def measure(config: RunConfig, iterations: int = 4, warmup: int = 1) -> dict[str, Any]:
+    """Mean seconds of an iteration by where they went, forwards, memory; writes no file."""
+    training = replace(config.training, iterations=warmup + iterations, save_every=0, noise_floor="warn")
+    run = assemble(replace(config, training=training), write=False)
+    trainer = run.trainer
+    watch = Stopwatch(run.distributed.device)
+    instrument(run, watch)
+    before = forwards_of(run)
+    for iteration in range(warmup + iterations):
+        if iteration == warmup:
+            watch.seconds.clear()
+            trainer.clock.lap()
+            before, began = forwards_of(run), perf_counter()
+        metrics = trainer.step(iteration)
+    whole = (perf_counter() - began) / iterations
+    parts = {name: seconds / iterations for name, seconds in watch.seconds.items()}
+    phases = {name: seconds / iterations for name, seconds in trainer.clock.lap().items()}
+    inside = sum(parts.get(name, 0.0) for name in MODEL)
+    rest = whole - sum(parts.values())
+    counts = {name: (count - before[name]) / iterations for name, count in forwards_of(run).items()}
+    run.distributed.close()
+    return {
+        "recipe": config.run.dir.rpartition("/")[2],
+        "device": device_name(run.distributed.device),
+        "threads": torch.get_num_threads(),
+        "iterations": iterations,
+        "samples": config.prompts.per_iteration * config.prompts.group,
+        "seconds_per_iteration": whole,
+        "seconds": {**parts, "everything else": rest},
+        "outside": whole - inside,
+        "outside_share": (whole - inside) / whole,
+        "phases": phases,
+        "forwards": counts,
+        "peak_memory_bytes": int(metrics["memory/peak_bytes"]),
+        "plan": run.plan,
+    }
+
+
+def forwards_of(run: Run) -> dict[str, int]:
+    counts = run.policy.forwards
+    return {"sample": counts.sample, "train": counts.train, "reference": counts.reference}
+
+
+def print_table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    whole, console = result["seconds_per_iteration"], Console()
+    table = Table(
+        "where", "seconds", "share", title=f"one iteration of {result['recipe']}, {result['device']}"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, seconds in sorted(result["seconds"].items(), key=lambda part: -part[1]):
+        table.add_row(name, f"{seconds:.3f}", f"{seconds / whole:.1%}")
+    table.add_section()
+    table.add_row("iteration", f"{whole:.3f}", "100.0%")
+    share = result["outside_share"]
+    verdict = "within" if share <= TARGET else "above"
+    table.add_row("outside model, VAE, reward", f"{result['outside']:.3f}", f"{share:.1%}")
+    table.caption = f"{verdict} the target of {TARGET:.0%} outside"
+    console.print(table)
+    phases = Table("phase", "seconds", "share")
+    for name, seconds in sorted(result["phases"].items(), key=lambda part: -part[1]):
+        if name != "iteration":
+            phases.add_row(name, f"{seconds:.3f}", f"{seconds / whole:.1%}")
+    console.print(phases)
+    counts = ", ".join(f"{count:.0f} {name}" for name, count in result["forwards"].items())
+    console.print(
+        f"forwards an iteration: {counts}; peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )

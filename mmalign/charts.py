@@ -1,0 +1,131 @@
+"""Small line charts as SVG, for pages that load nothing from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b")
+WIDTH, HEIGHT = 520, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 28
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series; low and high draw a band around it. smooth: points averaged into the bold line."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    smooth: int = 1
+    dots: bool = False
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover [low, high]."""
+    rough = (high - low) / max(1, count - 1)
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each value and the `width` - 1 before it."""
+    return [
+        sum(part) / len(part) for i in range(len(values)) for part in [values[max(0, i - width + 1) : i + 1]]
+    ]
+
+
+def label(value: float) -> str:
+    if value and (abs(value) >= 10_000 or abs(value) < 1e-3):
+        mantissa, _, exponent = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def finite(line: Line) -> Line:
+    """The points that have a value."""
+    good = [i for i, y in enumerate(line.y) if y is not None and math.isfinite(y)]
+
+    def keep(values: Sequence[float]) -> list[float]:
+        return [values[i] for i in good] if values else []
+
+    return Line(
+        line.name, keep(line.x), keep(line.y), keep(line.low), keep(line.high), line.smooth, line.dots
+    )
+
+
+def chart(lines: Iterable[Line], floor: float | None = None) -> str:
+    """An SVG of the lines over one x axis; floor: the y axis reaches down to it."""
+    lines = [line for line in map(finite, lines) if line.x]
+    if not lines:
+        return "<p class=none>nothing was measured</p>"
+    every = [y for line in lines for y in (*line.y, *line.low, *line.high) if math.isfinite(y)]
+    bottom, top = min(every), max(every)
+    if floor is not None:
+        bottom = min(bottom, floor)
+    if top - bottom <= 1e-12 * max(1.0, abs(top)):
+        bottom, top = bottom - (abs(bottom) or 1) * 0.1, top + (abs(top) or 1) * 0.1
+    marks = ticks(bottom, top)
+    bottom, top = marks[0], marks[-1]
+    x0, x1 = min(min(line.x) for line in lines), max(max(line.x) for line in lines)
+    x1 = x1 if x1 > x0 else x0 + 1
+
+    def px(x: float) -> float:
+        return LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
+
+    def py(y: float) -> float:
+        return TOP + (top - y) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
+
+    def path(xs: Sequence[float], ys: Sequence[float]) -> str:
+        return "M" + "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in zip(xs, ys, strict=True))
+
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img>']
+    for mark in marks:
+        y = py(mark)
+        out.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" class=rule />')
+        out.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor=end>{label(mark)}</text>')
+    for mark in ticks(x0, x1, 6):
+        if x0 <= mark <= x1 and float(mark).is_integer():
+            below = HEIGHT - BOTTOM + 18
+            out.append(f'<text x="{px(mark):.1f}" y="{below}" text-anchor=middle>{label(mark)}</text>')
+    for i, line in enumerate(lines):
+        color = COLORS[i % len(COLORS)]
+        if line.low and line.high:
+            around = path(line.x, line.high) + "L" + path(line.x[::-1], line.low[::-1])[1:] + "Z"
+            out.append(f'<path d="{around}" fill="{color}" opacity=.13 />')
+        if line.smooth > 1:
+            out.append(f'<path d="{path(line.x, line.y)}" class=line stroke="{color}" opacity=.25 />')
+        bold = running_mean(line.y, line.smooth)
+        out.append(f'<path d="{path(line.x, bold)}" class="line bold" stroke="{color}" />')
+        if line.dots or len(line.x) == 1:
+            for x, y in zip(line.x, bold, strict=True):
+                out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r=3 fill="{color}" />')
+    out.append("</svg>")
+    return "".join(out) + (legend([line.name for line in lines]) if any(line.name for line in lines) else "")
+
+
+def bars(shares: Sequence[tuple[str, float]]) -> str:
+    """Shares of a whole as one horizontal bar with its legend."""
+    total = sum(value for _, value in shares) or 1.0
+    x, out = 0.0, [f'<svg viewBox="0 0 {WIDTH} 26" role=img>']
+    for i, (_, value) in enumerate(shares):
+        width = value / total * WIDTH
+        out.append(f'<rect x="{x:.1f}" y=3 width="{width:.1f}" height=20 fill="{COLORS[i % len(COLORS)]}" />')
+        x += width
+    return "".join(out) + "</svg>" + legend([f"{name} {value / total:.1%}" for name, value in shares])
+
+
+def legend(names: Sequence[str]) -> str:
+    """A patch of color and a name for each line."""
+    spans = [
+        f'<span><i style="background:{COLORS[i % len(COLORS)]}"></i>{html.escape(name)}</span>'
+        for i, name in enumerate(names)
+    ]
+    return f"<div class=legend>{''.join(spans)}</div>"

@@ -1,0 +1,259 @@
+"""`mmalign train | sample | evaluate | benchmark | report | schema`; the scripts are the same commands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class Refused(Exception):
+    """Something that cannot be done as asked; the message is all a user needs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 done, 1 the run failed, 2 it could not start."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser(wants_help=any(a in ("-h", "--help") for a in given)).parse_args(given)
+    run: Command = options.command
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # algorithms and rewards of one's own are found from where one stands
+    try:
+        return run(options)
+    except Refused as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        if options.debug and refused.__cause__ is not None:
+            traceback.print_exception(refused.__cause__)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def early(make: Callable[[], Any]) -> Any:
+    """The result of `make`, or Refused: errors before the work begins are for the user to mend."""
+    from mmalign.scoring import RewardError
+
+    try:
+        return make()
+    except (ValueError, TypeError, OSError, ImportError, RewardError) as error:
+        raise Refused(str(error) or type(error).__name__) from error
+
+
+def parser(wants_help: bool = False) -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        "mmalign", description="Align multimodal generators by reinforcement learning."
+    )
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run: Command, text: str, settings: bool = False) -> argparse.ArgumentParser:
+        part = commands.add_parser(
+            name,
+            help=text.partition(".")[0],
+            description=text,
+            epilog=_settings_help(sys.argv) if settings and wants_help else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        part.set_defaults(command=run)
+        part.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return part
+
+    train = command(
+        "train", train_command, "Train a policy. Goes on where the run's folder left off.", settings=True
+    )
+    train.add_argument(
+        "--config", required=True, metavar="FILE", help="recipe, such as assets/recipes/quickstart.yaml"
+    )
+    train.add_argument(
+        "--fresh", action="store_true", help="start over: remove what an earlier run left in run.dir"
+    )
+    train.add_argument("--plan", action="store_true", help="check everything, print the plan, and stop")
+    add_overrides(train)
+
+    sample = command(
+        "sample", sample_command, "Draw labelled grids of prompts x seeds, before and after training."
+    )
+    add_subject(sample)
+    sample.add_argument("--out", metavar="FILE", help="grid (PNG) and, beside it, gallery (HTML)")
+    sample.add_argument("--only", choices=("before", "after"), help="draw one side alone")
+    add_overrides(sample)
+
+    evaluate = command("evaluate", evaluate_command, "Score a run, checkpoint, model or folder of images.")
+    add_subject(evaluate)
+    evaluate.add_argument("--json", metavar="FILE", help="write the scores there")
+    evaluate.add_argument(
+        "--compare", action="store_true", help="score the base model as well, and the gain over it"
+    )
+    add_overrides(evaluate)
+
+    bench = command("benchmark", benchmark_command, "Measure where the time of an iteration goes.")
+    bench.add_argument("--recipe", required=True, metavar="NAME", help="name of a recipe, or its file")
+    bench.add_argument("--iterations", type=int, default=4, help="iterations that are measured (default 4)")
+    bench.add_argument("--warmup", type=int, default=1, help="iterations before them (default 1)")
+    bench.add_argument("--json", metavar="FILE", help="write the numbers there")
+    add_overrides(bench)
+
+    again = command("report", report_command, "Write report.json and report.html of a run's folder again.")
+    again.add_argument("run", metavar="RUN", help="folder of a run")
+
+    schema = command(
+        "schema", schema_command, "Print the JSON schema of a recipe, or the settings as Markdown."
+    )
+    schema.add_argument("--markdown", action="store_true", help="docs/configuration.md instead of the schema")
+    schema.add_argument("--out", metavar="FILE", help="write it there")
+    return top
+
+
+def add_overrides(part: argparse.ArgumentParser) -> None:
+    part.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="settings put over those of the file"
+    )
+
+
+def add_subject(part: argparse.ArgumentParser) -> None:
+    part.add_argument("subject", help="folder of a run, a checkpoint, a model, or (evaluate) of images")
+    part.add_argument(
+        "--prompts", metavar="FILE|TEXT", help="prompt file, or one prompt (default: held-out prompts)"
+    )
+    part.add_argument(
+        "--rewards", nargs="+", metavar="NAME", help="rewards, as name or name={setting: value}"
+    )
+    part.add_argument("--count", type=int, metavar="N", help="how many of the prompts, evenly from the file")
+    part.add_argument("--seeds", type=int, metavar="N", help="pictures a prompt")
+    part.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+
+
+def _settings_help(arguments: Sequence[str]) -> str:
+    from mmalign.config import explain
+
+    return "settings of a recipe, each also section.field=value:\n\n" + explain()
+
+
+# Commands. Each imports what it needs, so that `--help` of the others is quick.
+
+
+def train_command(options: argparse.Namespace) -> int:
+    from mmalign import assembly, checkpoints
+    from mmalign.config import load_config
+    from mmalign.scoring import RewardError
+    from mmalign.trainer import TrainingError
+
+    config = early(lambda: load_config(options.config, options.overrides))
+    folder = Path(config.run.dir)
+    going_on = None if options.fresh else checkpoints.latest(folder)
+    changed = assembly.changes(folder, config) if going_on else []
+    run = early(lambda: assembly.assemble(config, fresh=options.fresh, write=not options.plan))
+    if run.distributed.is_main:
+        said = [f"goes on from {going_on}" if going_on else f"writes into {folder}"]
+        print(
+            plan_text(config, run.plan, [*said, *(f"changed since: {change}" for change in changed)]),
+            flush=True,
+        )
+    if options.plan:
+        return 0
+    try:
+        result = run.train()
+    except (RewardError, TrainingError, checkpoints.CheckpointError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        if options.debug:
+            traceback.print_exc()
+        return 1
+    finally:
+        run.distributed.close()
+    if result:
+        print(result_text(result, folder))
+    return 0
+
+
+def plan_text(config: Any, plan: dict[str, Any], notes: Sequence[str]) -> str:
+    """What will happen, before it does."""
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in config.weights.items())
+    rows = {"policy": config.policy.model, "algorithm": config.method, "rewards": weights, **plan}
+    width = max(map(len, rows))
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows.items()), *notes])
+
+
+def result_text(result: dict[str, Any], folder: Path) -> str:
+    from mmalign.report import between, duration, short, signed
+
+    lines = [""]
+    for name, entry in result["heldout"].items():
+        if entry.get("gain") is not None:
+            low, high = entry["gain_interval"]
+            gain = f"{signed(entry['gain'])} {between(low, high, True)}"
+            lines.append(f"held-out {name:<24} {short(entry['base'])} -> {short(entry['trained'])}   {gain}")
+    diversity = result["diversity"]
+    if diversity.get("ratio") is not None:
+        lines.append(f"diversity {'':<23} {short(diversity['base'])} -> {short(diversity['trained'])}")
+    lines.append(
+        f"{result['iterations']} iterations in {duration(result['seconds']['total'])}; {folder}/report.html"
+    )
+    return "\n".join(lines)
+
+
+def sample_command(options: argparse.Namespace) -> int:
+    from mmalign import grids, subjects
+
+    subject = early(lambda: subjects.open_subject(options.subject, options.overrides, options.rewards))
+    shown = early(lambda: subjects.draw_all(subject, options))
+    out = Path(options.out) if options.out else subject.place / "grid.png"
+    title = f"{subject.name}: before and after" if len(shown) > 1 else subject.name
+    prompts = next(iter(shown.values())).prompts
+    written = early(lambda: grids.write(out, prompts, [s.panel(n) for n, s in shown.items()], title))
+    print("\n".join(map(str, written)))
+    return 0
+
+
+def evaluate_command(options: argparse.Namespace) -> int:
+    from mmalign import subjects
+
+    found = early(lambda: subjects.evaluate_all(options.subject, options))
+    subjects.print_table(found)
+    if options.json:
+        early(
+            lambda: Path(options.json).write_text(
+                json.dumps(subjects.as_json(options.subject, found), indent=2) + "\n"
+            )
+        )
+    return 0
+
+
+def benchmark_command(options: argparse.Namespace) -> int:
+    from mmalign import benchmark
+    from mmalign.config import load_config, recipe
+
+    config = early(lambda: load_config(recipe(options.recipe), options.overrides))
+    result = early(lambda: benchmark.measure(config, options.iterations, options.warmup))
+    benchmark.print_table(result)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    else:
+        print(json.dumps(result))
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    from mmalign import report
+
+    early(lambda: report.write(Path(options.run)))
+    print(Path(options.run) / "report.html")
+    return 0
+
+
+def schema_command(options: argparse.Namespace) -> int:
+    from mmalign import config
+
+    text = config.markdown() if options.markdown else json.dumps(config.json_schema(), indent=1) + "\n"
+    if options.out:
+        early(lambda: Path(options.out).write_text(text, encoding="utf-8"))
+    else:
+        print(text, end="")
+    return 0

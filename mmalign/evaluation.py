@@ -1,0 +1,393 @@
+"""How good a policy, or a folder of pictures, is in the eyes of a set of rewards; with confidence intervals.
+
+A score is the mean over prompts of the mean over seeds. Its 95 % interval is a percentile bootstrap over
+prompts, because seeds of one prompt say little of what other prompts would give. Base and trained see the
+same prompts and the same initial noise, so their difference is bootstrapped in pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from mmalign.contracts import Forwards, Key, RewardModel
+from mmalign.data import Prompt
+from mmalign.grids import Panel
+from mmalign.randomness import generator
+from mmalign.records import Outcome, Prompts
+from mmalign.scoring import judge as ask
+
+RESAMPLES = 2000
+POOLED = 16  # diversity looks at pictures of this size
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Held-out pictures of the base and the trained policy, by the plain ODE."""
+
+    prompts: int = (
+        64  # how many held-out prompts, evenly from the file; 0: all. Raise it for tighter intervals
+    )
+    seeds: int = 4  # pictures a prompt; at least 2 to measure diversity
+    steps: int = 20  # denoising steps
+    guidance: float | None = None  # classifier-free guidance; null: that of the policy
+    batch: int = 64  # pictures at once; lower it for less memory
+    every: int = 0  # also score during training every n iterations; 0: only before and after
+    grid_every: int = 20  # draw the sample grid every n iterations; 0: only before and after
+    show: int = 6  # prompts in the sample grids
+    show_seeds: int = 3  # pictures of each in the grids
+    average: bool = False  # also evaluate the moving average of the parameters, where training keeps one
+    seed: int = 0  # of the initial noise; the same for base and trained
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "batch", "show", "show_seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("prompts", "every", "grid_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class Gathers(Protocol):
+    """What the processes of a run tell each other."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def gather(self, rows: Tensor) -> Tensor: ...
+
+    def gather_objects(self, items: Sequence[Any]) -> list[Any]: ...
+
+
+class Alone:
+    """The only process."""
+
+    rank, world = 0, 1
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return rows.cpu()
+
+    def gather_objects(self, items: Sequence[Any]) -> list[Any]:
+        return list(items)
+
+
+class Draws(Protocol):
+    """A policy that draws pictures without recording actions."""
+
+    forwards: Forwards
+
+    def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over prompts with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    prompts: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All that the rewards said of one picture: values by name (NaN: no verdict), and the kind of task."""
+
+    values: Mapping[str, float]
+    category: str = ""
+
+    def said(self, names: Sequence[str]) -> str:
+        """A line to stand under the picture."""
+        return "  ".join(
+            f"{name} {self.values[name]:.2f}" for name in names if math.isfinite(self.values[name])
+        )
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The scores of one set of pictures, and what is needed to compare it with another."""
+
+    scores: Mapping[str, Score]
+    categories: Mapping[str, Mapping[str, Score]]  # score -> category -> Score
+    diversity: float | None
+    by_prompt: Mapping[str, list[float]] = field(
+        default_factory=dict
+    )  # score -> mean of each prompt, NaN: none
+    seconds: float = 0.0
+    forwards: int = 0
+
+    def save(self, path: Path) -> None:
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps(no_nan(asdict(self)), indent=1), encoding="utf-8")
+        beside.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Evaluated:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Evaluated(
+            scores={k: Score(**v) for k, v in raw["scores"].items()},
+            categories={k: {c: Score(**s) for c, s in v.items()} for k, v in raw["categories"].items()},
+            diversity=raw["diversity"],
+            by_prompt={k: [math.nan if x is None else x for x in v] for k, v in raw["by_prompt"].items()},
+            seconds=raw["seconds"],
+            forwards=raw["forwards"],
+        )
+
+
+def no_nan(value: Any) -> Any:
+    """The same with None for NaN, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {k: no_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [no_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Drawing and judging
+
+
+def spread(size: int, count: int) -> list[int]:
+    """`count` places evenly over 0..size-1 (all of them if count is 0 or too large)."""
+    if not count or count >= size:
+        return list(range(size))
+    return [i * size // count for i in range(count)]
+
+
+def repeat(prompts: Sequence[Prompt], places: Sequence[int], seeds: int) -> Prompts:
+    """The prompts at `places` `seeds` times each: group = place of the prompt, member = seed."""
+    return Prompts(
+        [prompts[place].text for place in places for _ in range(seeds)],
+        torch.tensor(places, dtype=torch.int64).repeat_interleave(seeds),
+        torch.arange(seeds).repeat(len(places)),
+        [prompts[place].extra for place in places for _ in range(seeds)],
+    )
+
+
+def batches(count: int, size: int) -> list[Tensor]:
+    """0..count-1 in parts of at most `size`."""
+    return [torch.arange(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def draw(policy: Draws, prompts: Prompts, settings: EvaluationSettings) -> Tensor:
+    """Pictures [B, 3, H, W] on the CPU; each depends on its group and member alone, not on the batch."""
+    key: Key = (settings.seed, "evaluation")
+    before = policy.forwards.sample  # those counts are of training
+    parts = [
+        policy.images(prompts.take(rows), settings.steps, key, settings.guidance).float().cpu()
+        for rows in batches(len(prompts), settings.batch)
+    ]
+    policy.forwards.sample = before
+    return torch.cat(parts)
+
+
+def verdicts(
+    rewards: Sequence[RewardModel], prompts: Prompts, images: Tensor, batch: int = 64
+) -> list[Verdict]:
+    """Ask every reward about every picture; one verdict a picture.
+
+    A reward gives its mean over units under its own name, and every number in its details under the name there
+    (with the reward's name before it if two rewards use the same one).
+    """
+    found: list[dict[str, float]] = [{} for _ in range(len(prompts))]
+    category = [""] * len(prompts)
+    taken = {reward.name: "" for reward in rewards}
+    for reward in rewards:
+        for rows in batches(len(prompts), batch):
+            signal, _ = ask(reward, Outcome(prompts.take(rows), images[rows]))
+            valid = signal.valid
+            assert valid is not None
+            means = (signal.values.double() * valid).sum(1) / valid.sum(1)  # 0 / 0 is NaN: no verdict
+            for i, (row, mean) in enumerate(zip(rows.tolist(), means.tolist(), strict=True)):
+                found[row][reward.name] = mean
+                detail = signal.details[i] if signal.details else {}
+                for name, value in detail.items():
+                    if isinstance(value, bool | int | float):
+                        own = taken.setdefault(name, reward.name) == reward.name
+                        found[row][name if own else f"{reward.name}.{name}"] = float(value)
+                category[row] = category[row] or str(detail.get("category") or "")
+    return [Verdict(values, kind) for values, kind in zip(found, category, strict=True)]
+
+
+# Scores
+
+
+def prompt_means(values: Tensor, group: Tensor) -> Tensor:
+    """Mean over the samples of each prompt, [B] -> [N] in the order of the groups; NaN where none counts."""
+    place = {number: n for n, number in enumerate(sorted(set(group.tolist())))}
+    index = torch.tensor([place[number] for number in group.tolist()], dtype=torch.int64)
+    count = len(place)
+    good = torch.isfinite(values)
+    total = torch.zeros(count, dtype=torch.float64).index_add(
+        0, index, torch.where(good, values.double(), 0.0)
+    )
+    return total / torch.zeros(count, dtype=torch.float64).index_add(0, index, good.double())
+
+
+def bootstrap(means: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of the mean of `means` [N], resampled with replacement."""
+    means = means[torch.isfinite(means)]
+    if len(means) < 2:
+        return math.nan, math.nan
+    picks = torch.randint(len(means), (resamples, len(means)), generator=generator(seed, "bootstrap"))
+    low, high = means[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return low, high
+
+
+def score(values: Tensor, group: Tensor) -> Score:
+    means = prompt_means(values, group)
+    known = means[torch.isfinite(means)]
+    low, high = bootstrap(means)
+    mean = float(known.mean()) if len(known) else math.nan
+    return Score(mean, low, high, len(known), int(torch.isfinite(values).sum()))
+
+
+def gain(base: Evaluated, trained: Evaluated, name: str) -> Score:
+    """Trained minus base, prompt by prompt; nobody's luck with easy prompts counts."""
+    before = torch.tensor(base.by_prompt[name], dtype=torch.float64)
+    after = torch.tensor(trained.by_prompt[name], dtype=torch.float64)
+    if len(before) != len(after):
+        raise ValueError(
+            f"{name}: base has {len(before)} prompts and trained {len(after)}; evaluate both alike"
+        )
+    return score(after - before, torch.arange(len(before)))
+
+
+def diversity(images: Tensor, group: Tensor) -> float | None:
+    """How much the pictures of one prompt differ: mean over prompts of the mean distance between two of them.
+
+    images: [B, 3, H, W] in [0, 1]; group: [B]. Pictures are pooled to 16 x 16 by area; a distance is the
+    root of the mean square over pixels and channels. 0: all seeds give one picture. None: no prompt has two.
+    """
+    small = adaptive_avg_pool2d(images.float(), POOLED).flatten(1).double()
+    distances = []
+    for number in sorted(set(group.tolist())):
+        members = small[group == number]
+        if len(members) > 1:
+            distances.append(torch.pdist(members).mean() / math.sqrt(members.shape[1]))
+    return float(torch.stack(distances).mean()) if distances else None
+
+
+def summarize(found: Sequence[Verdict], images: Tensor, group: Tensor) -> Evaluated:
+    """Scores over all prompts and over those of each category; images are for the diversity."""
+    names = list(dict.fromkeys(name for verdict in found for name in verdict.values))
+    values = {
+        name: torch.tensor([verdict.values.get(name, math.nan) for verdict in found], dtype=torch.float64)
+        for name in names
+    }
+    kinds = sorted({verdict.category for verdict in found if verdict.category})
+    of_kind = {kind: torch.tensor([verdict.category == kind for verdict in found]) for kind in kinds}
+    return Evaluated(
+        scores={name: score(column, group) for name, column in values.items()},
+        categories={
+            name: {kind: score(column[rows], group[rows]) for kind, rows in of_kind.items()}
+            for name, column in values.items()
+            if kinds
+        },
+        diversity=diversity(images, group),
+        by_prompt={name: prompt_means(column, group).tolist() for name, column in values.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures that go into grids, [len(prompts) * seeds, 3, H, W], prompt by prompt, with captions."""
+
+    prompts: list[str]
+    images: Tensor
+    captions: list[str]
+
+    def panel(self, title: str) -> Panel:
+        return Panel(title, self.images, self.captions)
+
+    def save(self, path: Path) -> None:
+        pixels = (self.images.clamp(0, 1) * 255).round().byte()
+        torch.save({"prompts": self.prompts, "images": pixels, "captions": self.captions}, path)
+
+    @staticmethod
+    def load(path: Path) -> Shown:
+        raw = torch.load(path, weights_only=True)
+        return Shown(raw["prompts"], raw["images"].float() / 255, raw["captions"])
+
+
+class Evaluator:
+    """Draws and judges the same prompts from the same noise whenever asked; processes share the work."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        rewards: Sequence[RewardModel],
+        settings: EvaluationSettings,
+        distributed: Gathers,
+    ) -> None:
+        self.prompts = [prompts[place] for place in spread(len(prompts), settings.prompts)]
+        self.rewards, self.settings, self.distributed = list(rewards), settings, distributed
+        self.on_grid = spread(len(self.prompts), min(settings.show, len(self.prompts)))
+
+    def scores(self, policy: Draws) -> tuple[Evaluated, Shown]:
+        """All prompts and seeds."""
+        began = time.perf_counter()
+        places = list(range(len(self.prompts)))
+        images, found, group, small = self._run(policy, places, self.settings.seeds)
+        result = summarize(found, small, group)
+        seeds = min(self.settings.seeds, self.settings.show_seeds)
+        shown = self._shown(images, found, self.on_grid, self.settings.seeds, seeds)
+        seconds = time.perf_counter() - began
+        return replace(
+            result, seconds=seconds, forwards=len(places) * self.settings.seeds * self.settings.steps
+        ), shown
+
+    def grid(self, policy: Draws) -> Shown:
+        """Only what the grids show."""
+        seeds = min(self.settings.seeds, self.settings.show_seeds)
+        images, found, _, _ = self._run(policy, self.on_grid, seeds)
+        return self._shown(images, found, self.on_grid, seeds, seeds)
+
+    def _run(
+        self, policy: Draws, places: list[int], seeds: int
+    ) -> tuple[dict[int, Tensor], list[Verdict], Tensor, Tensor]:
+        """Pictures of the grid's prompts by place, verdicts, prompt of each, and all pictures made small."""
+        share = -(
+            -len(places) // self.distributed.world
+        )  # every rank takes equally many, or they would wait for ever
+        first = self.distributed.rank * share
+        mine = [places[(first + i) % len(places)] for i in range(share)]
+        prompts = repeat(self.prompts, mine, seeds)
+        images = draw(policy, prompts, self.settings)
+        count = len(places) * seeds  # beyond it prompts come a second time
+        found = self.distributed.gather_objects(verdicts(self.rewards, prompts, images))[:count]
+        group = self.distributed.gather(prompts.group)[:count]
+        small = self.distributed.gather(adaptive_avg_pool2d(images, POOLED))[:count]
+        keep = torch.tensor([g in self.on_grid for g in prompts.group.tolist()], dtype=torch.bool)
+        kept = self.distributed.gather(images[keep])
+        owner = self.distributed.gather(prompts.group[keep]).tolist()
+        of_place: dict[int, list[Tensor]] = {}
+        for place, image in zip(owner, kept, strict=True):
+            of_place.setdefault(place, []).append(image)
+        return {place: torch.stack(rows[:seeds]) for place, rows in of_place.items()}, found, group, small
+
+    def _shown(
+        self, images: Mapping[int, Tensor], found: Sequence[Verdict], places: list[int], seeds: int, show: int
+    ) -> Shown:
+        """The first `show` seeds of the prompts on the grid; `found` has `seeds` verdicts a prompt."""
+        names = [reward.name for reward in self.rewards][:2]
+        of_all = len(found) == len(self.prompts) * seeds
+        row = {place: place if of_all else n for n, place in enumerate(places)}
+        captions = [found[row[place] * seeds + seed].said(names) for place in places for seed in range(show)]
+        return Shown(
+            [self.prompts[place].text for place in places],
+            torch.cat([images[place][:show] for place in places]),
+            captions,
+        )

@@ -1,0 +1,458 @@
+"""What a run achieved, from the files in its folder: report.json for programs, report.html for people."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from mmalign import __version__, charts
+from mmalign.charts import Line, bars, chart
+from mmalign.evaluation import Evaluated, Score, gain, no_nan
+from mmalign.grids import data_uri
+from mmalign.tracking import METRICS, SAMPLES, read
+
+EVALUATION, FACTS = "evaluation", "facts.json"
+BASE, TRAINED, AVERAGE = "base", "trained", "average"
+BEFORE_AFTER = "before_after.png"
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Everything that a report is made from."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]  # device, versions, seconds of setup: what the files above do not tell
+    rows: Sequence[Row]  # metrics.jsonl
+    evaluated: Mapping[str, Evaluated]  # base, trained, average
+
+    @staticmethod
+    def read(folder: Path) -> RunFiles:
+        if not (folder / METRICS).is_file():
+            raise FileNotFoundError(f"{folder} is no folder of a run: it has no {METRICS}")
+        found = {
+            name: Evaluated.load(path)
+            for name in (BASE, TRAINED, AVERAGE)
+            if (path := folder / EVALUATION / f"{name}.json").is_file()
+        }
+        config, facts = folder / "config.yaml", folder / FACTS
+        return RunFiles(
+            folder,
+            yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
+            json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {},
+            read(folder / METRICS),
+            found,
+        )
+
+    def column(self, name: str) -> list[float]:
+        """A metric over the iterations that have it."""
+        return [float(row[name]) for row in self.rows if row.get(name) is not None]
+
+    def named(self, prefix: str) -> list[str]:
+        """Metrics below a prefix, in the order in which they first came."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix)))
+
+
+def write(folder: Path) -> dict[str, Any]:
+    """Write report.json and report.html into a run's folder; the first is also the answer."""
+    run = RunFiles.read(folder)
+    result = summary(run)
+    for name, text in (
+        ("report.json", json.dumps(result, indent=2) + "\n"),
+        ("report.html", page(run, result)),
+    ):
+        beside = folder / f".{name}.tmp"
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(folder / name)
+    return result
+
+
+# Numbers
+
+
+def summary(run: RunFiles) -> dict[str, Any]:
+    """report.json: nested by topic, means beside their 95 % intervals."""
+    seconds = {name.removeprefix("seconds/"): sum(run.column(name)) for name in run.named("seconds/")}
+    iterations = seconds.pop("iteration", 0.0)
+    watching = seconds.pop("evaluate", 0.0) + sum(e.seconds for e in run.evaluated.values())
+    setup = float(run.facts.get("setup_seconds", 0.0))
+    total = setup + iterations + sum(e.seconds for e in run.evaluated.values())
+    forwards = {
+        name: int(max(run.column(f"forwards/{name}"), default=0)) for name in ("sample", "train", "reference")
+    }
+    forwards["evaluation"] = sum(e.forwards for e in run.evaluated.values())
+    training, evaluation = run.config.get("training", {}), run.config.get("evaluation", {})
+    result: dict[str, Any] = {
+        "name": run.folder.name,
+        "iterations": len(run.rows),
+        "heldout": heldout(run.evaluated),
+        "heldout_by_category": by_category(run.evaluated),
+        "diversity": diversity_of(run.evaluated),
+        "rewards": {
+            name.removeprefix("reward/"): ends(run.column(name))
+            for name in run.named("reward/")
+            if name.count("/") == 1
+        },
+        "seconds": {"total": total, **seconds, "evaluation": watching, "setup": setup},
+        "forwards": forwards,
+        "peak_memory_bytes": int(max(run.column("memory/peak_bytes"), default=0)),
+        "seeds": {"training": training.get("seed"), "evaluation": evaluation.get("seed")},
+        **{
+            name: run.facts[name]
+            for name in ("device", "processes", "versions", "heldout_file")
+            if name in run.facts
+        },
+        "version": __version__,
+    }
+    fixed: dict[str, Any] = no_nan(result)
+    return fixed
+
+
+def heldout(evaluated: Mapping[str, Evaluated]) -> dict[str, Any]:
+    """score -> base, trained, gain and their intervals."""
+    names = list(dict.fromkeys(name for e in evaluated.values() for name in e.scores))
+    table: dict[str, Any] = {}
+    for name in names:
+        entry: dict[str, Any] = {}
+        for which, e in evaluated.items():
+            if name in e.scores:
+                entry |= told(which, e.scores[name])
+        if BASE in evaluated and TRAINED in evaluated and both(evaluated, name):
+            entry |= told("gain", gain(evaluated[BASE], evaluated[TRAINED], name))
+        table[name] = entry
+    return table
+
+
+def both(evaluated: Mapping[str, Evaluated], name: str) -> bool:
+    base, trained = evaluated[BASE].by_prompt.get(name, []), evaluated[TRAINED].by_prompt.get(name, [])
+    return bool(base) and len(base) == len(trained)
+
+
+def told(name: str, score: Score) -> dict[str, Any]:
+    return {name: score.mean, f"{name}_interval": [score.low, score.high]}
+
+
+def by_category(evaluated: Mapping[str, Evaluated]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for which, e in evaluated.items():
+        for name, kinds in e.categories.items():
+            for kind, score in kinds.items():
+                if score.images:
+                    table.setdefault(name, {}).setdefault(kind, {}).update(told(which, score))
+    return table
+
+
+def diversity_of(evaluated: Mapping[str, Evaluated]) -> dict[str, float | None]:
+    values = {which: e.diversity for which, e in evaluated.items()}
+    base, trained = values.get(BASE), values.get(TRAINED)
+    return {**values, "ratio": trained / base if base and trained is not None else None}
+
+
+def ends(values: Sequence[float], share: float = 0.1) -> dict[str, float]:
+    """The mean of the first and of the last tenth of a curve."""
+    if not values:
+        return {"first": math.nan, "last": math.nan}
+    width = max(1, round(len(values) * share))
+    return {"first": sum(values[:width]) / width, "last": sum(values[-width:]) / width}
+
+
+# The page
+
+STYLE = """
+:root { color-scheme: light }
+* { box-sizing: border-box }
+body { font: 15px/1.55 system-ui, "Segoe UI", sans-serif; color: #18181b; background: #fafafa; margin: 0 }
+main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
+h1 { font-size: 1.6rem; margin: 0; letter-spacing: -.01em } h2 { font-size: 1.1rem; margin: 2.6rem 0 .8rem }
+h3 { font-size: .9rem; margin: 0 0 .4rem; font-weight: 600 }
+p { margin: .3rem 0 } .soft, .none { color: #71717a } code { font-size: .85em }
+.tiles, .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px }
+.tiles { margin-top: 1.4rem }
+.card { background: #fff; border: 1px solid #e4e4e7; border-radius: 10px; padding: 14px 16px }
+.tile b { font-size: 1.55rem; font-weight: 600; display: block; line-height: 1.25; letter-spacing: -.02em }
+.tile span { color: #71717a; font-size: .84rem }
+.good { color: #15803d } .bad { color: #b91c1c }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)) }
+svg { width: 100%; height: auto; display: block } svg text { font: 11px system-ui, sans-serif; fill: #71717a }
+.rule { stroke: #ececef; fill: none } .line { fill: none; stroke-width: 1.2 } .bold { stroke-width: 2 }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .8rem; color: #3f3f46; margin-top: 4px }
+.legend i { width: 10px; height: 10px; border-radius: 3px; display: inline-block; margin-right: 5px }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
+th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid #f0f0f2 }
+th { font-weight: 500; color: #71717a }
+th:first-child, td:first-child { text-align: left } tr:last-child td { border: 0 } td small { color: #a1a1aa }
+tr.sub td:first-child { padding-left: 26px; color: #52525b }
+img { max-width: 100%; height: auto; display: block; border-radius: 6px }
+.strip { overflow-x: auto } .strip img { max-width: none }
+details { margin-top: 12px } summary { cursor: pointer; color: #52525b }
+pre { overflow: auto; font-size: .8rem }
+"""
+
+
+def page(run: RunFiles, result: Mapping[str, Any]) -> str:
+    """report.html, complete in one file."""
+    name = html.escape(str(result["name"]))
+    sections = [
+        head(run, result),
+        tiles(result),
+        heldout_section(result),
+        pictures(run),
+        curves(run),
+        health(run),
+        cost(run, result),
+        settings(run),
+    ]
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{name}</title><style>{STYLE}</style><main>{''.join(sections)}</main></html>\n"
+    )
+
+
+def head(run: RunFiles, result: Mapping[str, Any]) -> str:
+    config = run.config
+    told = [
+        f"{config.get('algorithm', {}).get('name', '?')} on {config.get('policy', {}).get('model', '?')}",
+        f"{result['iterations']} iterations",
+        f"seed {config.get('training', {}).get('seed', '?')}",
+        str(result.get("device", "")),
+        f"mmalign {__version__}",
+    ]
+    line = html.escape(" · ".join(part for part in told if part))
+    return f"<h1>{html.escape(str(result['name']))}</h1><p class=soft>{line}</p>"
+
+
+def tiles(result: Mapping[str, Any]) -> str:
+    """The few numbers that one looks for first."""
+    shown: list[str] = []
+    for name, entry in list(result["heldout"].items())[:6]:
+        if name not in ("strict", "soft") and len(shown) >= 2:
+            continue
+        if entry.get("gain") is not None:
+            low, high = entry["gain_interval"]
+            tone = "good" if (low or 0) > 0 else "bad" if (high or 0) < 0 else ""
+            shown.append(
+                tile(
+                    f"{short(entry['base'])} → {short(entry['trained'])}",
+                    f"held-out {name}, gain {signed(entry['gain'])} {between(low, high, True)}",
+                    tone,
+                )
+            )
+    diversity = result["diversity"]
+    if diversity.get("ratio") is not None:
+        shown.append(tile(f"{diversity['ratio']:.0%}", "diversity, share of the base's", ""))
+    shown.append(tile(duration(result["seconds"]["total"]), f"in all, {result['iterations']} iterations", ""))
+    if result["peak_memory_bytes"]:
+        shown.append(tile(f"{result['peak_memory_bytes'] / 2**30:.2f} GiB", "peak memory", ""))
+    return f"<div class=tiles>{''.join(shown)}</div>"
+
+
+def tile(value: str, text: str, tone: str) -> str:
+    value, text = html.escape(value), html.escape(text)
+    return f'<div class="card tile"><b class="{tone}">{value}</b><span>{text}</span></div>'
+
+
+def heldout_section(result: Mapping[str, Any]) -> str:
+    """Base against trained, in all and by category."""
+    table = result["heldout"]
+    if not table:
+        return ""
+    columns = [which for which in (BASE, TRAINED, AVERAGE) if any(which in entry for entry in table.values())]
+    rows = []
+    for name, entry in table.items():
+        rows.append(f"<tr><td>{html.escape(name)}</td>{cells(entry, columns)}{gain_cell(entry)}</tr>")
+        for kind, score in result["heldout_by_category"].get(name, {}).items():
+            if name in ("strict", "soft"):
+                kind = html.escape(kind.replace("_", " "))
+                rows.append(f"<tr class=sub><td>{kind}</td>{cells(score, columns)}<td></td></tr>")
+    diversity = result["diversity"]
+    if diversity.get(BASE) is not None:
+        values = "".join(f"<td>{short(diversity.get(which))}</td>" for which in columns)
+        ratio = f"{diversity['ratio']:.0%}" if diversity.get("ratio") is not None else ""
+        rows.append(f"<tr><td>diversity inside a prompt</td>{values}<td>{ratio}</td></tr>")
+    head = "".join(f"<th>{which}</th>" for which in (*columns, "gain"))
+    where = result.get("heldout_file")
+    note = "Mean over prompts, 95 % bootstrap interval over prompts; the gain is paired by prompt"
+    note += f". Prompts: {where}." if where else "."
+    return (
+        f"<h2>Held-out prompts</h2>"
+        f"<div class=card><table><tr><th>score</th>{head}</tr>{''.join(rows)}</table></div>"
+        f"<p class=soft>{html.escape(note)}</p>"
+    )
+
+
+def cells(entry: Mapping[str, Any], columns: Sequence[str]) -> str:
+    out = []
+    for which in columns:
+        low, high = entry.get(f"{which}_interval", (None, None))
+        out.append(f"<td>{short(entry.get(which))} <small>{between(low, high)}</small></td>")
+    return "".join(out)
+
+
+def gain_cell(entry: Mapping[str, Any]) -> str:
+    if entry.get("gain") is None:
+        return "<td></td>"
+    low, high = entry["gain_interval"]
+    tone = "good" if (low or 0) > 0 else "bad" if (high or 0) < 0 else ""
+    value, interval = signed(entry["gain"]), between(low, high, True)
+    return f'<td><span class="{tone}">{value}</span> <small>{interval}</small></td>'
+
+
+def pictures(run: RunFiles) -> str:
+    """Before and after, and the same prompts and seeds along the way."""
+    samples, out = run.folder / SAMPLES, []
+    if (samples / BEFORE_AFTER).is_file():
+        out.append(
+            f"<h2>Before and after</h2><div class='card strip'>{picture(samples / BEFORE_AFTER)}</div>"
+        )
+    steps = sorted(samples.glob("step_*.png"))
+    chosen = [steps[i * (len(steps) - 1) // 3] for i in range(4)] if len(steps) > 4 else steps
+    for path in chosen if len(steps) > 1 or not out else []:
+        step = int(path.stem.rpartition("_")[2])
+        out.append(
+            f"<details><summary>The same prompts and seeds after {step} iterations</summary>"
+            f"<div class='card strip'>{picture(path)}</div></details>"
+        )
+    return "".join(out)
+
+
+def picture(path: Path) -> str:
+    with Image.open(path) as image:
+        return f'<img src="{data_uri(image.convert("RGB"))}" alt="{html.escape(path.stem)}">'
+
+
+def line_of(run: RunFiles, name: str, label: str = "", smooth: bool = True) -> Line:
+    points = [(row["step"] + 1, row[name]) for row in run.rows if row.get(name) is not None]
+    width = max(1, len(points) // 15) if smooth else 1
+    return Line(label or name, [x for x, _ in points], [y for _, y in points], smooth=width)
+
+
+def curves(run: RunFiles) -> str:
+    """What training saw, and what held-out prompts said meanwhile."""
+    charts_ = [
+        (
+            "Reward while training",
+            chart(line_of(run, n, n.removeprefix("reward/")) for n in top(run.named("reward/"))),
+        ),
+    ]
+    watched = [n for n in run.named("heldout/") if n.count("/") == 1]
+    if watched or len(run.evaluated) > 1:
+        charts_.append(("Held-out over time", chart(heldout_lines(run, watched))))
+    return section("Curves", charts_)
+
+
+def top(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.count("/") == 1]
+
+
+def heldout_lines(run: RunFiles, watched: Sequence[str]) -> list[Line]:
+    """Held-out scores at the start, along the way and at the end."""
+    lines, last = [], len(run.rows)
+    names = [n.removeprefix("heldout/") for n in watched]
+    for which in (BASE, TRAINED):
+        if which in run.evaluated:
+            names += list(run.evaluated[which].scores)
+    for name in list(dict.fromkeys(names))[: len(charts.COLORS)]:
+        at = {
+            row["step"] + 1: row[f"heldout/{name}"]
+            for row in run.rows
+            if row.get(f"heldout/{name}") is not None
+        }
+        if BASE in run.evaluated and name in run.evaluated[BASE].scores:
+            at[0] = run.evaluated[BASE].scores[name].mean
+        if TRAINED in run.evaluated and name in run.evaluated[TRAINED].scores:
+            at[last] = run.evaluated[TRAINED].scores[name].mean
+        lines.append(Line(name, sorted(at), [at[x] for x in sorted(at)], dots=True))
+    return lines
+
+
+HEALTH = {
+    "Log-ratio: largest, and noise floor": ("log_ratio_max", "noise_floor/max"),
+    "Mean ratio": ("ratio",),
+    "Clip share": ("clip_share",),
+    "Groups without variance": ("groups/flat_share",),
+    "Spread of rewards inside groups": ("*/group_std",),
+    "Samples without a verdict": ("*/missing",),
+    "KL to the reference": ("kl",),
+    "Gradient norm": ("grad_norm",),
+    "Reward: share of the time": ("share/reward",),
+}
+NOT_FROM_ZERO = ("Mean ratio",)
+
+
+def health(run: RunFiles) -> str:
+    """Whether the update did what it should."""
+    found = []
+    for title, patterns in HEALTH.items():
+        names = [name for pattern in patterns for name in run.named("") if fnmatch(name, pattern)]
+        if names:
+            lines = [line_of(run, name, name.removeprefix("reward/")) for name in names]
+            found.append((title, chart(lines, floor=None if title in NOT_FROM_ZERO else 0.0)))
+    return section("Health", found)
+
+
+def section(title: str, charts_: Sequence[tuple[str, str]]) -> str:
+    if not charts_:
+        return ""
+    inside = "".join(f"<div class=card><h3>{html.escape(name)}</h3>{body}</div>" for name, body in charts_)
+    return f"<h2>{title}</h2><div class=charts>{inside}</div>"
+
+
+NOT_PHASES = ("total", "setup", "evaluation")
+
+
+def cost(run: RunFiles, result: Mapping[str, Any]) -> str:
+    """Where the time went."""
+    seconds = result["seconds"]
+    phases = sorted(
+        ((name, value) for name, value in seconds.items() if name not in NOT_PHASES and value),
+        key=lambda p: -p[1],
+    )
+    forwards = ", ".join(f"{count:,} {name}" for name, count in result["forwards"].items() if count)
+    watching, setup = seconds["evaluation"], seconds["setup"]
+    training = seconds["total"] - watching - setup
+    facts = [
+        f"Training {duration(training)}, evaluation {duration(watching)}, setup {duration(setup)}.",
+        f"Sample-forwards of the network: {forwards}." if forwards else "",
+    ]
+    return section("Cost", [("Share of each phase in an iteration", bars(phases))]) + "".join(
+        f"<p class=soft>{fact}</p>" for fact in facts if fact
+    )
+
+
+def settings(run: RunFiles) -> str:
+    text = html.escape(yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True))
+    return f"<h2>Settings</h2><details><summary>config.yaml</summary><pre class=card>{text}</pre></details>"
+
+
+def short(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
+
+
+def between(low: float | None, high: float | None, sign: bool = False) -> str:
+    if low is None or high is None or not math.isfinite(low):
+        return ""
+    return f"[{low:+.3f}, {high:+.3f}]" if sign else f"[{low:.3f}, {high:.3f}]"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,323 @@
+"""What `sample` and `evaluate` look at: a run, one of its checkpoints, a model, or a folder of images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmalign import checkpoints
+from mmalign.config import (
+    COMMAND_LINE,
+    ConfigError,
+    RewardSettings,
+    RunConfig,
+    check_rewards,
+    load_config,
+    override,
+    parse_yaml,
+    section,
+    split_override,
+)
+from mmalign.contracts import PolicySettings, RewardModel
+from mmalign.data import Prompt, read_prompts
+from mmalign.evaluation import (
+    Alone,
+    Evaluated,
+    EvaluationSettings,
+    Evaluator,
+    Shown,
+    gain,
+    no_nan,
+    summarize,
+    verdicts,
+)
+from mmalign.pipelines import load as load_policy
+from mmalign.pipelines.flow import FlowPolicy
+from mmalign.records import Prompts
+from mmalign.rewardmodels import load as load_reward
+from mmalign.sde import Noise
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+BEFORE, AFTER = "before", "after"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on the disk, with or without trained weights over it."""
+
+    name: str
+    place: Path  # where what is drawn goes by default
+    policy: PolicySettings
+    evaluation: EvaluationSettings
+    rewards: Mapping[str, RewardSettings]
+    prompts: str | None  # file
+    trained: Path | None  # folder that policy.load reads
+
+    @property
+    def sides(self) -> list[str]:
+        return [BEFORE, AFTER] if self.trained else [BEFORE]
+
+
+def open_subject(path: str, overrides: Sequence[str] = (), rewards: Sequence[str] | None = None) -> Subject:
+    """What lies at `path`; settings come from the run it belongs to, with `section.field=value` over them."""
+    place = Path(path)
+    given = named_rewards(rewards)
+    if (place / "model_index.json").is_file() or not place.exists():
+        raw: dict[str, Any] = {"policy": {"model": path}}
+        for text in overrides:
+            override(raw, *split_override(text))
+        unknown = set(raw) - {"policy", "evaluation"}
+        if unknown:
+            raise ConfigError(
+                f"{COMMAND_LINE}: a model has the sections policy and evaluation, not {sorted(unknown)}"
+            )
+        policy = section("policy", raw, COMMAND_LINE, PolicySettings)
+        settings = section("evaluation", raw, COMMAND_LINE, EvaluationSettings)
+        return Subject(place.name, Path(), policy, settings, given or {}, None, None)
+    run, trained = run_of(place)
+    config: RunConfig = load_config(run / "config.yaml", overrides)
+    name = run.name if trained is None else f"{run.name}, {trained.name.replace('_', ' ')}"
+    return Subject(
+        name,
+        run / "samples",
+        config.policy,
+        config.evaluation,
+        config.rewards if given is None else given,
+        config.prompts.heldout_file or config.prompts.file,
+        trained,
+    )
+
+
+def run_of(place: Path) -> tuple[Path, Path]:
+    """The run and the checkpoint that a folder stands for."""
+    if (place / "config.yaml").is_file():
+        latest = checkpoints.latest(place)
+        if latest is None:
+            raise ConfigError(f"{place}: this run has no complete checkpoint yet")
+        return place, latest
+    for above in place.resolve().parents:
+        if (above / "config.yaml").is_file() and (above / checkpoints.FOLDER).is_dir():
+            return above, place
+    raise ConfigError(
+        f"{place} is no run (it has no config.yaml), no checkpoint of one, and no model (no model_index.json)"
+    )
+
+
+def named_rewards(given: Sequence[str] | None) -> dict[str, RewardSettings] | None:
+    """`lab` or `lab={measure: strict}`, each as in a recipe."""
+    if given is None:
+        return None
+    raw: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        raw[name] = parse_yaml(value, COMMAND_LINE) if equals else 1.0
+    return check_rewards(raw, COMMAND_LINE)
+
+
+def chosen_prompts(given: str | None, default: str | None) -> list[Prompt]:
+    """The prompts of a file, or the one text given."""
+    if given is not None and Path(given).suffix not in (".txt", ".jsonl"):
+        return [Prompt(given)]
+    file = given or default
+    if file is None:
+        raise ConfigError(
+            "a plain model brings no prompts: name them by --prompts FILE or --prompts 'a text'"
+        )
+    return read_prompts(file)
+
+
+def adapted(settings: EvaluationSettings, options: argparse.Namespace, show: bool) -> EvaluationSettings:
+    """The settings with what the command line says; show: all that is drawn is shown, by default few."""
+    changes: dict[str, Any] = {}
+    count = options.count if options.count is not None else settings.show if show else None
+    if count is not None:
+        changes |= {"prompts": count, "show": max(1, count or 10**9)}
+    seeds = options.seeds if options.seeds is not None else settings.show_seeds if show else None
+    if seeds is not None:
+        changes |= {"seeds": seeds, "show_seeds": seeds}
+    if options.steps is not None:
+        changes["steps"] = options.steps
+    return replace(settings, **changes)
+
+
+def open_policy(subject: Subject) -> FlowPolicy:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return load_policy(subject.policy, Noise(), device or "cpu")
+
+
+def draw_all(subject: Subject, options: argparse.Namespace) -> dict[str, Shown]:
+    """The pictures of each side: base, and trained where there is something trained."""
+    settings = adapted(subject.evaluation, options, show=True)
+    prompts = chosen_prompts(options.prompts, subject.prompts)
+    rewards = make(subject.rewards)
+    sides = [side for side in subject.sides if options.only in (None, side)]
+    if not sides:
+        raise ConfigError(f"{options.subject} has no {options.only!r} side")
+    evaluator, policy, shown = Evaluator(prompts, rewards, settings, Alone()), open_policy(subject), {}
+    for side in sides:
+        if side == AFTER:
+            assert subject.trained is not None
+            policy.load(subject.trained)
+        shown[side] = evaluator.grid(policy)
+    return shown
+
+
+def make(rewards: Mapping[str, RewardSettings]) -> list[RewardModel]:
+    return [load_reward(name, **reward.settings) for name, reward in rewards.items()]
+
+
+def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]:
+    """Scores by side; a folder of images has the one side `images`."""
+    place = Path(path)
+    if is_folder_of_images(place):
+        if options.overrides:
+            raise ConfigError(
+                f"{COMMAND_LINE}: a folder of images has no settings, got {' '.join(options.overrides)}"
+            )
+        given = named_rewards(options.rewards)
+        if not given:
+            raise ConfigError("a folder of images needs --rewards NAME [NAME ...] to be scored by")
+        return {"images": score_images(place, make(given))}
+    subject = open_subject(path, options.overrides, options.rewards)
+    if not subject.rewards:
+        raise ConfigError("a plain model brings no rewards: name them by --rewards NAME [NAME ...]")
+    prompts = chosen_prompts(options.prompts, subject.prompts)
+    evaluator = Evaluator(
+        prompts, make(subject.rewards), adapted(subject.evaluation, options, show=False), Alone()
+    )
+    policy, found = open_policy(subject), {}
+    if subject.trained is None or options.compare:
+        found["base"] = evaluator.scores(policy)[0]
+    if subject.trained is not None:
+        policy.load(subject.trained)
+        found["trained"] = evaluator.scores(policy)[0]
+    return found
+
+
+# Folders of images
+
+
+def is_folder_of_images(place: Path) -> bool:
+    if not place.is_dir() or (place / "config.yaml").is_file() or (place / "model_index.json").is_file():
+        return False
+    return (place / "metadata.jsonl").is_file() or any(
+        path.suffix.lower() in IMAGES for path in place.iterdir()
+    )
+
+
+def captioned(place: Path) -> list[tuple[Path, Prompt]]:
+    """Images with their prompts: by metadata.jsonl (file_name, prompt or text), else by their names.
+
+    A name is the prompt with _ for spaces; a number at its end tells pictures of one prompt apart.
+    """
+    table = place / "metadata.jsonl"
+    if not table.is_file():
+        files = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGES)
+        return [
+            (path, Prompt(re.sub(r"[_\s-]+\d+$", "", path.stem).replace("_", " ").strip())) for path in files
+        ]
+    found = []
+    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        row = json.loads(line)
+        name, text = row.pop("file_name", None), row.pop("prompt", None) or row.pop("text", None)
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ConfigError(
+                f"{table}, line {number}: expected file_name and prompt (or text), got {line[:80]}"
+            )
+        if not (place / name).is_file():
+            raise ConfigError(f"{table}, line {number}: there is no image {place / name}")
+        found.append((place / name, Prompt(text, row)))
+    if not found:
+        raise ConfigError(f"{table} names no image")
+    return found
+
+
+def open_image(path: Path) -> Tensor:
+    """[3, H, W] in [0, 1]."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def score_images(place: Path, rewards: Sequence[RewardModel], batch: int = 64) -> Evaluated:
+    """Scores of the images in a folder; those of equal prompts are seeds of one."""
+    rows = captioned(place)
+    group_of: dict[str, int] = {}
+    groups = [group_of.setdefault(prompt.text, len(group_of)) for _, prompt in rows]
+    members = [groups[:i].count(group) for i, group in enumerate(groups)]
+    prompts = Prompts(
+        [prompt.text for _, prompt in rows],
+        torch.tensor(groups),
+        torch.tensor(members),
+        [prompt.extra for _, prompt in rows],
+    )
+    images = [open_image(path) for path, _ in rows]
+    odd = next(
+        (path for (path, _), image in zip(rows, images, strict=True) if image.shape != images[0].shape), None
+    )
+    if odd is not None:
+        raise ConfigError(
+            f"{place}: all images must have one size, but {odd.name} and {rows[0][0].name} differ"
+        )
+    stack = torch.stack(images)
+    return summarize(verdicts(rewards, prompts, stack, batch), stack, prompts.group)
+
+
+# Saying it
+
+
+def as_json(subject: str, found: Mapping[str, Evaluated]) -> dict[str, Any]:
+    """Scores by side, and the gain where there are two."""
+    result: dict[str, Any] = {"subject": subject}
+    for side, evaluated in found.items():
+        result[side] = {
+            "scores": {name: asdict(score) for name, score in evaluated.scores.items()},
+            "categories": {
+                name: {kind: asdict(score) for kind, score in kinds.items()}
+                for name, kinds in evaluated.categories.items()
+            },
+            "diversity": evaluated.diversity,
+            "seconds": evaluated.seconds,
+            "forwards": evaluated.forwards,
+        }
+    if {"base", "trained"} <= set(found):
+        base, trained = found["base"], found["trained"]
+        result["gain"] = {
+            name: asdict(gain(base, trained, name)) for name in trained.scores if name in base.scores
+        }
+    fixed: dict[str, Any] = no_nan(result)
+    return fixed
+
+
+def print_table(found: Mapping[str, Evaluated]) -> None:
+    """Scores with their intervals, overall and by category."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmalign.report import between, short
+
+    table = Table("score", *found, caption="mean over prompts, 95 % bootstrap interval over prompts")
+    names = list(dict.fromkeys(name for evaluated in found.values() for name in evaluated.scores))
+    kinds = sorted({kind for e in found.values() for of in e.categories.values() for kind in of})
+
+    def cell(score: Any) -> str:
+        return f"{short(score.mean)} {between(score.low, score.high)}" if score and score.images else "–"
+
+    for name in names:
+        table.add_row(name, *(cell(e.scores.get(name)) for e in found.values()))
+        for kind in kinds if name in ("strict", "soft") else []:
+            cells = [cell(e.categories.get(name, {}).get(kind)) for e in found.values()]
+            table.add_row(f"  {kind.replace('_', ' ')}", *cells, style="dim")
+    table.add_row("diversity", *(short(e.diversity) for e in found.values()))
+    Console().print(table)
