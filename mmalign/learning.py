@@ -168,8 +168,8 @@ class Learner:
         raise TrainingError(
             f"{self.bad_in_a_row} updates in a row gave a loss or gradient that is not finite "
             f"(training.max_bad_steps={self.settings.max_bad_steps}), so training stops; none of them "
-            f"touched the weights. The last: loss {loss:.4g}, gradient norm {norm:.4g}, {seen}. Usual causes: "
-            f"weights that blew up before (lower training.learning_rate), or half precision that overflows "
+            f"touched the weights. The last: loss {loss:.4g}, gradient norm {norm:.4g}, {seen}. Usual "
+            f"causes: weights that blew up before (lower training.learning_rate), or half precision that overflows "
             f"(policy.precision=bf16 or fp32)."
         )
 

@@ -83,8 +83,8 @@ class Scorer:
                 if (signal.name, reason) not in self._warned:
                     self._warned.add((signal.name, reason))
                     warnings.warn(
-                        f"reward {signal.name!r} has no verdict for {reasons[reason]} of {len(missing)} samples "
-                        f"({reason}). They count as missing; this is said once, the share always logged.",
+                        f"reward {signal.name!r} has no verdict for {reasons[reason]} of {len(missing)} samples"
+                        f" ({reason}). They count as missing; this is said once, the share always logged.",
                         RuntimeWarning,
                         stacklevel=3,
                     )
@@ -104,7 +104,10 @@ def judge(reward: RewardModel, outcome: Outcome) -> tuple[RewardSignal, Counter[
             if len(outcome.prompts) == 1:
                 return _silent(reward, outcome), Counter({_reason(error): 1})
             parts = [judge(reward, sample(outcome, row)) for row in range(len(outcome.prompts))]
-            return joined(reward.name, [signal for signal, _ in parts]), sum((r for _, r in parts), Counter())
+            whole = joined(reward.name, [part for part, _ in parts])
+            if not _valid(whole).any():
+                return whole, Counter({_reason(error): len(parts)})
+            return whole, sum((reasons for _, reasons in parts), Counter())
     lost = int(_missing(signal).sum())
     return signal, Counter({"the value is not finite, or marked as no verdict": lost} if lost else {})
 
@@ -139,20 +142,18 @@ def sample(outcome: Outcome, row: int) -> Outcome:
 
 def joined(name: str, signals: Sequence[RewardSignal]) -> RewardSignal:
     """Verdicts on single samples as one; samples with fewer units are padded with missing ones."""
-    spoke = [signal for signal in signals if _valid(signal).any()]
-    model = spoke[0] if spoke else signals[0]
-    if any(type(signal.where) is not type(model.where) for signal in spoke):
+    spoke = [bool(_valid(signal).any()) for signal in signals]
+    model = next((signal for signal, some in zip(signals, spoke, strict=True) if some), signals[0])
+    if any(some and type(s.where) is not type(model.where) for s, some in zip(signals, spoke, strict=True)):
         raise RewardError(f"reward {name!r} places its units in different ways from sample to sample")
     units = max(signal.values.shape[1] for signal in signals)
-    fields = {
-        key: torch.cat(
-            [
-                _padded(getattr(s.where, key), units) if s in spoke else _blank(value, units, len(s.values))
-                for s in signals
-            ]
-        )
-        for key, value in vars(model.where).items()
-    }
+
+    def places(key: str, like: Tensor) -> Tensor:
+        blank = like.new_zeros(len(signals[0].values), units, *like.shape[2:])
+        found = zip(signals, spoke, strict=True)
+        return torch.cat([_padded(getattr(s.where, key), units) if some else blank for s, some in found])
+
+    fields = {key: places(key, value) for key, value in vars(model.where).items()}
     details = None
     if any(signal.details is not None for signal in signals):
         details = [
@@ -241,10 +242,6 @@ def _silent(reward: RewardModel, outcome: Outcome) -> RewardSignal:
 def _padded(rows: Tensor, units: int) -> Tensor:
     filler = rows.new_zeros(len(rows), units - rows.shape[1], *rows.shape[2:])
     return torch.cat([rows, filler], 1)
-
-
-def _blank(like: Tensor, units: int, rows: int) -> Tensor:
-    return like.new_zeros(rows, units, *like.shape[2:])
 
 
 def _reason(error: Exception) -> str:

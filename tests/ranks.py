@@ -1,0 +1,81 @@
+"""Trains the toy in one way or another and keeps what came out; run as a script it is one of several processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from toys import Brightness, Notes, Redness, ToyFlow, source
+from torch import Tensor
+
+from mmalign.algorithms.flow_grpo import FlowGRPO
+from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
+from mmalign.distributed import Distributed
+from mmalign.records import Outcome, RewardSignal
+from mmalign.scoring import Scorer
+from mmalign.sde import Noise
+from mmalign.trainer import Trainer, TrainingSettings
+
+
+class Patchy(Brightness):
+    """Has no verdict on some samples, whoever holds them."""
+
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        signal = super().__call__(outcome)
+        names = outcome.prompts.group * 7 + outcome.prompts.member
+        return RewardSignal(self.name, torch.where(names[:, None] % 5 == 0, torch.nan, signal.values))
+
+
+FULL = FlowGRPO(steps=4, clip=1e-2, kl=0.1)
+FAST = FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7))
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "groups whole on a rank": {"algorithm": FULL, "groups": 4, "members": 4},
+    "groups split across ranks": {"algorithm": FULL, "groups": 3, "members": 6, "updates": 3},
+    "updates that not all ranks take part in": {"algorithm": FULL, "groups": 4, "members": 4, "updates": 4},
+    "shared noise, split": {"algorithm": FAST, "groups": 3, "members": 4, "updates": 1},
+    "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
+}
+
+
+def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
+    """Three iterations; gives the metrics, the rollouts and the weights."""
+    given = SCENARIOS[scenario]
+    rewards = [Redness(), given.get("reward", Brightness())]
+    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.5})
+    policy, notes = ToyFlow(given["algorithm"].noise), Notes()
+    settings = TrainingSettings(
+        iterations=3, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5
+    )
+    prompts = source(given["groups"], given["members"])
+    Trainer(policy, algorithm, Scorer(rewards, 0.5), prompts, settings, distributed, notes).run()
+    bare = distributed.unwrap(policy.module)
+    return {
+        "metrics": notes.metrics,
+        "rows": notes.rows,
+        "weights": {name: p.detach().clone() for name, p in bare.named_parameters()},
+        "average": [p.clone() for p in policy.copies.state_dict()["average"]],
+    }
+
+
+def gathered(distributed: Distributed) -> dict[str, Tensor]:
+    """What all ranks have after gathering rows that differ in every size."""
+    rank = distributed.rank
+    return {
+        "ragged": distributed.gather(torch.full((rank + 1, 3 - rank), 10.0 + rank, dtype=torch.float64)),
+        "large": distributed.gather(torch.tensor([2**62 + rank])),
+        "flags": distributed.gather(torch.tensor([rank == 0])),
+        "none": distributed.gather(torch.zeros(2 * rank, 1)),
+        "any": torch.tensor([distributed.any(rank == 1), distributed.any(False)]),
+        "objects": torch.tensor(distributed.gather_objects([rank] * (rank + 1))),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = Distributed("cpu")
+    found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
+    found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
+    torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
+    world.close()

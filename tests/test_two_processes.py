@@ -1,0 +1,93 @@
+"""Two processes with the same global batch do what one does."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SCENARIOS, gathered, train
+from torch.testing import assert_close
+
+from mmalign.distributed import Distributed
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two gloo processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "ranks.py"), str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [child.communicate(timeout=300)[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], "\n".join(said)
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_rows_of_any_size_are_gathered(ranks):
+    assert [found["world"] for found in ranks] == [2, 2]
+    assert ranks[0]["kind"] == "multi_cpu"
+    for found in ranks:
+        every = found["gathered"]
+        assert every["ragged"].tolist() == [[10, 10, 10], [11, 11, 0], [11, 11, 0]]
+        assert every["large"].tolist() == [2**62, 2**62 + 1]
+        assert every["flags"].tolist() == [True, False]
+        assert every["flags"].dtype == torch.bool
+        assert every["none"].shape == (2, 1)
+        assert every["any"].tolist() == [True, False]
+        assert every["objects"].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_processes_learn_what_one_does(ranks, scenario):
+    one, (first, second) = train(scenario, Distributed("cpu")), [found[scenario] for found in ranks]
+
+    # Before any update has been made the two agree to the last bit.
+    rows = [{(row["group"], row["member"]): row for row in found["rows"][0]} for found in (one, first)]
+    assert rows[0].keys() == rows[1].keys()
+    for name, row in rows[0].items():
+        for field in ("prompt", "rewards", "advantage", "counted"):
+            assert rows[1][name][field] == row[field]
+
+    for name, weight in one["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        assert_close(first["weights"][name], weight, atol=2e-6, rtol=1e-5)
+    for mine, theirs in zip(one["average"], first["average"], strict=True):
+        assert_close(theirs, mine, atol=2e-6, rtol=1e-5)
+    for step, metrics in one["metrics"].items():
+        assert first["metrics"][step].keys() == metrics.keys()
+        for name, value in metrics.items():
+            if name.startswith(("reward/", "groups/", "loss", "grad_norm", "ratio", "kl", "clip", "updates", "samples")):
+                assert math.isclose(first["metrics"][step][name], value, rel_tol=1e-3, abs_tol=1e-5), name
+    assert second["metrics"] == {}
+
+
+def test_alone_gathering_changes_nothing():
+    every = gathered(Distributed("cpu"))
+    assert every["ragged"].tolist() == [[10, 10, 10]]
+    assert every["objects"].tolist() == [0]
