@@ -23,6 +23,11 @@ def every_step(steps: int) -> PlanAt:
     return lambda iteration, seed: [Plan(steps, tuple(range(steps - 1)))]
 
 
+def forward_process(steps: int, times: int) -> PlanAt:
+    """DiffusionNFT: the plain ODE, and each finished sample noised again at `times` levels."""
+    return lambda iteration, seed: [Plan(steps, renoise=times)]
+
+
 def random_window(steps: int, width: int, starts: range, share_noise: bool) -> PlanAt:
     """Flow-GRPO-Fast: `width` actions in a row, from a start that each iteration draws for all groups."""
     if width < 1:

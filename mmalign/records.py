@@ -23,13 +23,16 @@ class Plan:
     steps: denoising steps of the schedule. sde_steps: the steps at which noise is drawn and recorded (the actions);
     every other step follows the ODE. share_noise: members of a group start from one initial noise, so that they are
     one and the same sample up to their first action. strides: after the last action the schedule is finished once
-    per stride, taking every stride-th step; each gives one completion (a view) of the same actions.
+    per stride, taking every stride-th step; each gives one completion (a view) of the same actions. renoise: for
+    methods of the forward process, which take no action while sampling: every finished sample is noised again at so
+    many times, and each of these noised states is an action.
     """
 
     steps: int
     sde_steps: tuple[int, ...] = ()
     share_noise: bool = False
     strides: tuple[int, ...] = (1,)
+    renoise: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -43,6 +46,11 @@ class Plan:
             )
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be positive and at least one, got {self.strides}")
+        if self.renoise < 0 or (self.renoise and (self.sde_steps or self.strides != (1,))):
+            raise ValueError(
+                f"renoise must not be negative and goes with ODE sampling alone, got renoise={self.renoise}, "
+                f"sde_steps={self.sde_steps}, strides={self.strides}"
+            )
 
 
 @dataclass(frozen=True)
@@ -224,11 +232,21 @@ class Minibatch:
 
 
 @dataclass(frozen=True)
+class Noised:
+    """Finished samples noised again: x = (1 - sigma) clean + sigma e. x, clean: [n, *latent], sigma broadcastable."""
+
+    x: Tensor
+    clean: Tensor
+    sigma: Tensor
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How likely the picked actions are now.
 
     log_prob: [n, *site]. For Gaussian actions also mean [n, *latent], std and step (the time it covers, d > 0)
-    broadcastable to it, and the velocity [n, *latent] that gave the mean.
+    broadcastable to it, and the velocity [n, *latent] that gave the mean. For samples noised again (`Plan.renoise`)
+    log_prob is 0, and there are the velocity and the noised state it was asked at.
     """
 
     log_prob: Tensor
@@ -236,3 +254,4 @@ class Evaluation:
     std: Tensor | None = None
     velocity: Tensor | None = None
     step: Tensor | None = None
+    noised: Noised | None = None

@@ -81,9 +81,10 @@ class Algorithm:
     objective: Objective
     noise: Noise  # of the policy's stochastic steps
     update: Update = field(default_factory=Summed)
-    # Frozen copies of the parameters taken at the start, and how much of itself each keeps per iteration as
-    # it follows the live ones: 1 never moves, 0 is the policy of the last iteration.
-    copies: Mapping[str, float] = field(default_factory=dict)
+    # Frozen copies of the parameters taken at the start, and how much of itself each keeps after an iteration
+    # (a number, or a function of the iteration) as it follows the live ones: 1 never moves, 0 is the policy of
+    # the last iteration.
+    copies: Mapping[str, float | Callable[[int], float]] = field(default_factory=dict)
     sampler: str | None = None  # the copy that samples; None: the live parameters
 
 
@@ -195,7 +196,8 @@ class Trainer:
             peers = Peers(prompts, self.distributed.gather)
         plans = self.algorithm.plans(iteration, self.settings.seed)
         measured = [self._follow(plan, prompts, peers, (iteration, i)) for i, plan in enumerate(plans)]
-        for name, keep in self.algorithm.copies.items():
+        for name, rule in self.algorithm.copies.items():
+            keep = rule(iteration) if callable(rule) else rule
             if keep < 1:
                 self.policy.copies.follow(name, keep)
         metrics = {

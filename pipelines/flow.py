@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,19 @@ from torch.nn import functional as F
 from mmalign.contracts import Forwards, Key, LoraSettings, PolicySettings
 from mmalign.copies import Copies
 from mmalign.randomness import generator, normals
-from mmalign.records import Evaluation, Masks, Outcome, Pick, Plan, Prompts, Steps, Trajectory, Where, Whole
+from mmalign.records import (
+    Evaluation,
+    Masks,
+    Noised,
+    Outcome,
+    Pick,
+    Plan,
+    Prompts,
+    Steps,
+    Trajectory,
+    Where,
+    Whole,
+)
 from mmalign.sde import Noise, euler, log_prob, transition
 
 Condition = Mapping[str, Tensor]  # what the network sees of a text
@@ -144,6 +156,8 @@ class FlowPolicy:
     ) -> None:
         if settings.guidance < 1:
             raise ValueError(f"policy.guidance must be 1 (off) or more, got {settings.guidance}")
+        if settings.lora.rank < 0:
+            raise ValueError(f"policy.lora.rank must be 0 (all weights) or more, got {settings.lora.rank}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least one network row, got {chunk}")
         self.adapter, self.settings, self.noise = adapter, settings, noise
@@ -153,10 +167,11 @@ class FlowPolicy:
         self.cached_texts = 256  # raise it to hold all prompts of a run; an SD3.5 text is 3 MB in bf16
         self._cache: OrderedDict[str, Condition] = OrderedDict()
         self._schedules: dict[int, Tensor] = {}
-        self._network: Any = adapter.network
+        self._network = cast(Any, adapter.network)
         for part in adapter.pipeline.components.values():
             if isinstance(part, nn.Module):
-                part.requires_grad_(False).eval()
+                part.requires_grad_(False)
+                part.eval()
                 part.to(self.device)
         if settings.lora.rank:
             add_lora(self._network, settings.lora, settings.lora.targets or adapter.lora_targets, seed)
@@ -208,11 +223,28 @@ class FlowPolicy:
             views = [view[row] for view in views]
         media = self._decode(torch.stack(views, 1).flatten(0, 1))
         replay = {name: torch.stack(values, 1) for name, values in record.items() if values}
-        site = self.shape[1:] if self.by_site else ()
-        recorded = replay.pop("log_prob", torch.zeros(samples, 0, *site, device=self.device))
+        if plan.renoise:
+            replay = self._renoise(prompts, views[0], plan.renoise, sigmas, key)
+        site, actions = self.shape[1:] if self.by_site else (), len(plan.sde_steps) or plan.renoise
+        recorded = replay.pop("log_prob", torch.zeros(samples, actions, *site, device=self.device))
         replay["guard"] = sigmas[1].expand(samples)
-        mask = torch.ones(samples, len(plan.sde_steps), dtype=torch.bool, device=self.device)
+        mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
         return Trajectory(Outcome(prompts, media, len(plan.strides)), recorded, mask, replay)
+
+    def _renoise(
+        self, prompts: Prompts, clean: Tensor, times: int, sigmas: Tensor, key: Key
+    ) -> dict[str, Tensor]:
+        """Finished latents noised again, one time drawn in each of `times` equal parts of the schedule."""
+        streams = [generator(*key, "renoise", *name) for name in _names(prompts)]
+        drawn = torch.stack([torch.rand(times, generator=stream) for stream in streams]).to(self.device)
+        place = (torch.arange(times, device=self.device) + drawn) / times * (len(sigmas) - 1)
+        low = place.long().clamp(max=len(sigmas) - 2)
+        sigma = torch.lerp(sigmas[low], sigmas[low + 1], place - low)  # [B, times]
+        noise = normals(streams, (times, *self.shape), self.device)
+        share = sigma.reshape(*sigma.shape, *[1] * len(self.shape))
+        x = (1 - share) * clean[:, None] + share * noise
+        state = torch.stack([state_ids(prompts.group, prompts.member, i, False) for i in range(times)], 1)
+        return {"x": x, "sigma": sigma, "state": state, "clean": clean}
 
     @torch.no_grad()
     def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor:
@@ -298,7 +330,7 @@ class FlowPolicy:
 
     @torch.no_grad()
     def _encode(self, text: str) -> Condition:
-        """One text at a time: its numbers never depend on its neighbors, which a resumed run has others of."""
+        """One text at a time: its numbers must not depend on neighbors, which differ in a resumed run."""
         if text in self._cache:
             self._cache.move_to_end(text)
             return self._cache[text]
@@ -340,11 +372,13 @@ class FlowPolicy:
             self.forwards.train += count
         else:
             self.forwards.reference += count
-        x, sigma, sigma_next, x_next = (
-            replay[name][rows, columns] for name in ("x", "sigma", "sigma_next", "x_next")
-        )
+        x, sigma = replay["x"][rows, columns], replay["sigma"][rows, columns]
         texts = self._texts([text[i] for i in rows[first].tolist()], guidance)
         velocity = self._forward(x[first], sigma[first], texts.place, texts, guidance)[inverse]
+        if "clean" in replay:
+            noised = Noised(x, replay["clean"][rows], sigma.reshape(-1, *[1] * len(self.shape)))
+            return Evaluation(trajectory.log_prob[rows, columns], velocity=velocity, noised=noised)
+        sigma_next, x_next = replay["sigma_next"][rows, columns], replay["x_next"][rows, columns]
         moved = transition(x, velocity, sigma, sigma_next, self.noise, replay["guard"][rows])
         likely = log_prob(x_next, moved, self.noise, self._dims)
         return Evaluation(likely, moved.mean, moved.std, velocity, moved.step)
@@ -356,7 +390,7 @@ class FlowPolicy:
     # ---- places
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
-        """Footprint of units on the denoising steps, and on places of the latent where the policy keeps them."""
+        """Footprint of units on the denoising steps, and with by_site on the places of the latent."""
         actions = trajectory.log_prob
         site = actions.shape[2:]
         if isinstance(where, Whole):
@@ -406,9 +440,10 @@ class FlowPolicy:
         """Take the trainable parameters from what `save` wrote; they must fit exactly."""
         from safetensors.torch import load_file
 
-        live = {name: p for name, p in self._network.named_parameters() if p.requires_grad}
+        live = self._network.state_dict()
         if self.settings.lora.rank:
-            live = {"transformer." + name.replace(".default.", "."): p for name, p in live.items()}
+            lora = {name: p for name, p in live.items() if ".lora_" in name}
+            live = {"transformer." + name.replace(".default.", "."): p for name, p in lora.items()}
             files = [folder / LORA_FILE]
         else:
             files = sorted((folder / "transformer").glob("*.safetensors")) or [folder / "transformer"]
