@@ -137,8 +137,8 @@ def prompts_of(texts: list[str], group: int, extra: list[Mapping[str, object]] |
 def check_policy(policy: Policy, prompts: Prompts, plan: Plan, tolerance: float = 1e-6) -> None:
     """Raise AssertionError where `policy` breaks what the loop relies on.
 
-    prompts: at least two groups of two or more. tolerance: of the log-ratio and of media, for sampling the same
-    thing in another batch; 1e-6 is for fp32.
+    prompts: at least two groups of two or more. tolerance: how far a log-probability may be off when the same
+    thing is computed in another batch, and a hundred times that for media; 1e-6 is for fp32.
     """
     key: Key = (0, "check")
     trajectory = policy.sample(prompts, plan, key)
@@ -191,11 +191,12 @@ def _check_streams(policy: Policy, trajectory: Trajectory, plan: Plan, key: Key,
         for shared in (False, True):
             quiet = policy.sample(prompts, replace(plan, sde_steps=(), share_noise=shared), key).outcome.media
             assert isinstance(quiet, Tensor)
-            for group in prompts.group.unique().tolist():
+            for group in sorted(set(prompts.group.tolist())):
                 members = quiet[:: len(plan.strides)][(prompts.group == group).to(quiet.device)]
                 alike = _same(members, members[:1].expand_as(members), 100 * tolerance)
+                found = "alike" if alike else "different"
                 assert alike == shared or len(members) < 2, (
-                    f"with share_noise={shared} members of group {group} are {'alike' if alike else 'different'}"
+                    f"with share_noise={shared} members of group {group} are {found}"
                 )
 
 
@@ -230,7 +231,7 @@ def _check_gradients(policy: Policy, trajectory: Trajectory) -> None:
     for p in trainable:
         p.grad = None
     for pick in policy.picks(trajectory, torch.arange(len(trajectory)), size=4):
-        policy.evaluate(trajectory, pick).log_prob.sum().backward()
+        torch.autograd.backward(policy.evaluate(trajectory, pick).log_prob.sum())
     reached = [p for p in trainable if p.grad is not None and bool(p.grad.abs().sum() > 0)]
     assert not trajectory.mask.any() or reached, "the log-probability has no gradient"
     assert all(torch.isfinite(p.grad).all() for p in reached if p.grad is not None), (
@@ -277,13 +278,15 @@ def _check_footprints(policy: Policy, trajectory: Trajectory) -> None:
         try:
             footprint = policy.locate(where, trajectory)
         except TypeError as error:
-            assert kind in str(error), f"the error for {kind} does not name it: {error}"
+            if kind not in str(error):
+                raise AssertionError(f"the error for {kind} does not name it: {error}") from error
             continue
         placed += 1
         assert bool((footprint >= 0).all()), f"the footprint of {kind} has negative parts"
-        assert torch.broadcast_shapes(footprint.shape, grid) == torch.Size(grid), (
-            f"the footprint of {kind} is {tuple(footprint.shape)}, which does not fit {grid}"
+        fits = footprint.ndim == len(grid) and all(
+            a in (1, b) for a, b in zip(footprint.shape, grid, strict=True)
         )
+        assert fits, f"the footprint of {kind} is {tuple(footprint.shape)}, which does not fit {grid}"
     assert placed, "the policy can place nothing, not even Whole"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mmalign.contracts import PolicySettings
-from mmalign.pipelines.flow import FlowAdapter, FlowPolicy
+from mmalign.pipelines.flow import DTYPES, FlowAdapter, FlowPolicy
 from mmalign.sde import Noise
 
 # `_class_name` of model_index.json -> adapter
@@ -30,6 +30,8 @@ def load(
 
     by_site, chunk, seed: see `FlowPolicy`.
     """
+    if settings.precision not in DTYPES:
+        raise ValueError(f"policy.precision must be one of {', '.join(DTYPES)}, got {settings.precision!r}")
     module, _, name = ADAPTERS[pipeline_class(settings.model)].partition(":")
     family = getattr(importlib.import_module(module), name)
     try:

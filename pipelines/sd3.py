@@ -38,7 +38,10 @@ class SD3:
         }
         index = StableDiffusion3Pipeline.load_config(settings.model)
         absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
-        absent += settings.leave_out
+        for name in settings.leave_out:
+            if name not in index:
+                raise ValueError(f"policy.leave_out: {name} is no component of {settings.model}")
+            absent.append(name)
         if "text_encoder_3" in absent:
             absent.append("tokenizer_3")
         nothing = dict.fromkeys(absent)

@@ -1,0 +1,259 @@
+"""The SD3 adapter is `StableDiffusion3Pipeline`, number for number; bad models are refused in plain words."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from mmalign.contracts import LoraSettings, PolicySettings
+from mmalign.pipelines import load, pipeline_class
+from mmalign.records import Plan
+from mmalign.sde import Noise
+from mmalign.testing import prompts_of
+
+LAB = Path(__file__).parents[2] / "assets" / "lab" / "flow"
+KEY = (0, "test")
+TEXTS = ["a red cat", "two blue dogs on the left"]
+
+
+def plain(folder: Path, **parts) -> StableDiffusion3Pipeline:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def both(policy, pipeline, texts=TEXTS, steps=5, **call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same noise through our ODE and through the plain pipeline."""
+    prompts = prompts_of(texts, 1)
+    settings = policy.settings
+    theirs = pipeline(
+        prompts.text,
+        height=settings.height,
+        width=settings.width,
+        negative_prompt=[settings.negative_prompt] * len(texts),
+        num_inference_steps=steps,
+        guidance_scale=settings.guidance,
+        max_sequence_length=settings.max_sequence_length,
+        latents=policy._prior(prompts, False, KEY),
+        output_type="pt",
+        **call,
+    ).images
+    return policy.images(prompts, steps, KEY), theirs
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("negative", ["", "a white square"])
+def test_images_equal_those_of_the_plain_pipeline(make, tiny, guidance, negative):
+    ours, theirs = both(make(guidance=guidance, negative_prompt=negative), plain(tiny))
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours[0] - ours[1]).abs().max() > 0.1
+
+
+def test_images_are_equal_away_from_the_square(make, tiny):
+    ours, theirs = both(make(guidance=3.0, height=48, width=32), plain(tiny))
+    assert ours.shape == (2, 3, 48, 32)
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_images_are_equal_without_t5(make, tiny_without_t5, guidance):
+    without = {"text_encoder_3": None, "tokenizer_3": None}
+    ours, theirs = both(make(guidance=guidance, folder=tiny_without_t5), plain(tiny_without_t5, **without))
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_t5_can_be_left_out_of_a_model_that_has_it(make, tiny):
+    policy = make(leave_out=("text_encoder_3",))
+    assert policy.adapter.pipeline.text_encoder_3 is None
+    ours, theirs = both(policy, plain(tiny, text_encoder_3=None, tokenizer_3=None))
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours - both(make(), plain(tiny))[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"shift": 1.0}, {"shift": 5.0}, {"use_dynamic_shifting": True}, {"use_karras_sigmas": True}],
+    ids=str,
+)
+def test_images_are_equal_on_every_schedule(make, with_scheduler, config):
+    folder = with_scheduler(**config)
+    ours, theirs = both(make(folder=folder), plain(folder))
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not (LAB / "model_index.json").is_file(), reason="assets/lab/flow is not there")
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_images_of_the_lab_model_are_equal(guidance):
+    settings = PolicySettings(str(LAB), guidance=guidance, max_sequence_length=16, lora=LoraSettings(4, 6))
+    ours, theirs = both(load(settings, Noise()), plain(LAB), ["a red circle", "two blue squares"], steps=10)
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_the_network_is_told_the_exact_time(make):
+    policy, seen = make(), []
+
+    def note(_, __, named):
+        seen.append(named["timestep"])
+
+    policy.module.register_forward_pre_hook(note, with_kwargs=True)
+    policy.images(prompts_of(TEXTS, 1), 7, KEY)
+    sigmas = policy._schedule(7)
+    assert sigmas[0] == 1
+    assert sigmas[-1] == 0
+    assert_close(torch.stack(seen), (sigmas[:-1, None] * 1000).expand(7, 2), atol=0, rtol=0)
+    assert (torch.stack(seen) % 1 != 0).any()
+
+
+# ---- files
+
+
+def stir(policy) -> None:
+    """Give every trainable parameter another value, as training would."""
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in policy.module.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=draw))
+
+
+def test_a_saved_lora_does_the_same_in_plain_diffusers(make, tiny, tmp_path):
+    policy, pipeline = make(guidance=2.0), plain(tiny)
+    base = both(policy, pipeline)[1]
+    stir(policy)
+    policy.save(tmp_path / "lora")
+    pipeline.load_lora_weights(tmp_path / "lora")
+    ours, theirs = both(policy, pipeline)
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours - base).abs().max() > 1e-2
+    assert [file.name for file in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+def test_saved_full_weights_do_the_same_in_plain_diffusers(make, tiny, tmp_path):
+    policy = make(lora=LoraSettings(rank=0))
+    stir(policy)
+    policy.save(tmp_path)
+    policy.save(tmp_path)  # again over the first
+    transformer = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert_close(*both(policy, plain(tiny, transformer=transformer)), atol=1e-5, rtol=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["transformer"]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_loading_gives_back_what_was_saved(make, tmp_path, rank):
+    policy = make(lora=LoraSettings(rank, 6))
+    stir(policy)
+    policy.save(tmp_path)
+    other = make(lora=LoraSettings(rank, 6), seed=1)
+    other.copies.save("reference")
+    other.load(tmp_path)
+    for a, b in zip(policy.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with other.copies.use("reference"):
+        assert not torch.equal(other.module.proj_out.weight, policy.module.proj_out.weight) or rank
+    prompts = prompts_of(TEXTS, 1)
+    assert torch.equal(policy.images(prompts, 3, KEY), other.images(prompts, 3, KEY))
+
+
+def test_a_gathered_state_dict_can_be_saved(make, tmp_path):
+    policy = make()
+    stir(policy)
+    state = {name: tensor.clone() for name, tensor in policy.module.state_dict().items()}
+    policy.save(tmp_path / "own")
+    policy.save(tmp_path / "given", state)
+    own, given = (
+        load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("own", "given")
+    )
+    assert own.keys() == given.keys()
+    assert all(torch.equal(own[name], given[name]) for name in own)
+
+
+def test_weights_of_another_shape_are_refused(make, tmp_path):
+    make(lora=LoraSettings(rank=2)).save(tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit this policy \(policy.lora, policy.model\)"):
+        make().load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there are no weights of this policy"):
+        make().load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="transformer"):
+        make(lora=LoraSettings(rank=0)).load(tmp_path)
+
+
+# ---- errors
+
+
+def settings_of(folder, **more) -> PolicySettings:
+    return PolicySettings(str(folder), **more)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"policy.model: there is no folder .*nowhere.*hub id"):
+        load(settings_of(tmp_path / "nowhere"), Noise())
+
+
+def test_a_missing_hub_model_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"policy.model: there is no folder nobody/nothing, and"):
+        load(settings_of("nobody/nothing"), Noise())
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"policy.model: .* is no pipeline, it has no model_index.json"):
+        load(settings_of(tmp_path), Noise())
+
+
+def test_a_broken_index_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text("{not json")
+    with pytest.raises(ValueError, match=r"policy.model: .*model_index.json cannot be read"):
+        load(settings_of(tmp_path), Noise())
+
+
+def test_an_unknown_pipeline_names_the_known_ones(tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FooPipeline"}))
+    with pytest.raises(ValueError, match=r"holds a FooPipeline, .* for StableDiffusion3Pipeline"):
+        pipeline_class(str(tmp_path))
+
+
+def test_a_pipeline_with_missing_parts_is_refused(tiny, tmp_path):
+    (tmp_path / "model_index.json").write_text((tiny / "model_index.json").read_text())
+    with pytest.raises(ValueError, match=r"policy.model: .* does not load as a pipeline"):
+        load(settings_of(tmp_path), Noise())
+
+
+def test_a_scheduler_without_a_flow_is_refused(with_scheduler):
+    folder = with_scheduler()
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    with pytest.raises(ValueError, match=r"policy.model: .* scheduler is DDIMScheduler"):
+        load(settings_of(folder), Noise())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"height": 36}, "policy.height must be a multiple of 8 for this model, got 36"),
+        ({"width": 4}, "policy.width must be a multiple of 8"),
+        ({"height": 0}, "policy.height must be a multiple of 8"),
+        ({"width": 256}, "policy.width can be at most 128 for this model, got 256"),
+        ({"guidance": 0.5}, r"policy.guidance must be 1 \(off\) or more, got 0.5"),
+        ({"precision": "int8"}, "policy.precision must be one of fp32, bf16, fp16, got 'int8'"),
+        ({"lora": LoraSettings(targets=("nothing",))}, r"policy.lora.targets: \['nothing'\] fit no layer"),
+        ({"lora": LoraSettings(rank=-1)}, "policy.lora.rank must be 0 .* or more, got -1"),
+        ({"leave_out": ("text_encoder_9",)}, "policy.leave_out: text_encoder_9 is no component"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_do_not_fit_are_refused(tiny, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        load(settings_of(tiny, **wrong), Noise())
+
+
+def test_a_policy_without_noise_has_no_actions(make):
+    policy, prompts = make(Noise("flow", 0.0)), prompts_of(TEXTS, 2)
+    assert policy.sample(prompts, Plan(4), KEY).log_prob.shape == (4, 0)
+    with pytest.raises(ValueError, match="zero SDE noise with an SDE algorithm"):
+        policy.sample(prompts, Plan(4, (1,)), KEY)
