@@ -1,4 +1,4 @@
-"""The check of rewards lets good ones pass and names what is wrong with others (policies: tests/pipelines)."""
+"""Good rewards pass their check, and broken ones are told what is wrong (policies: tests/pipelines)."""
 
 import dataclasses
 
