@@ -24,8 +24,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 EXTENT = {"circle": 1.0, "square": 0.9, "triangle": 1.2, "star": 1.24, "cross": 1.15, "ring": 1.15}
 
 # Radii a composed thing may have. "medium" is what is drawn when a prompt says nothing, and is never said.
-SIZES = {"small": (6.7, 7.4), "medium": (9.0, 9.8), "large": (11.4, 12.0)}
-SMALL_BELOW, LARGE_ABOVE = 8.2, 10.6
+SIZES = {"small": (6.7, 7.4), "medium": (9.0, 9.8), "large": (11.2, 11.8)}
+SMALL_BELOW, LARGE_ABOVE = 8.2, 10.5
 
 RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

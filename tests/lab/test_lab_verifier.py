@@ -118,7 +118,7 @@ def test_one_thing_too_many_costs(seed, category, shape, color):
     task, scene, _ = drawn(seed, category)
     verdict = judge(Scene((*scene.things, thing(shape, color))), task)
     assert not verdict.strict
-    assert verdict.soft <= 0.8
+    assert verdict.soft <= 5 / 6 + 1e-9  # three circles and a star, with a fourth circle: claims 2/3 and 1
 
 
 @given(seeds, st.sampled_from(CATEGORIES[:-1]))
