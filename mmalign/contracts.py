@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -53,8 +53,11 @@ class Policy(Protocol):
         """Footprint [B, U, S, *site] of units placed on the outcome, or broadcastable to it."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write the trainable parameters in the format that the plain library loads."""
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trainable parameters in the format that the plain library loads.
+
+        state: the whole network's state dict, where its parameters are sharded over ranks.
+        """
         ...
 
 

@@ -132,13 +132,13 @@ def _statistics(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> 
 
 def per_sample(trajectory: Trajectory) -> Tensor:
     """Every sample speaks equally loudly, and its actions share its voice."""
-    mask = trajectory.mask.double()
+    mask = trajectory.mask.cpu().double()
     return mask / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def per_action(trajectory: Trajectory) -> Tensor:
     """Every action speaks equally loudly (for words: the token mean)."""
-    return trajectory.mask.double()
+    return trajectory.mask.cpu().double()
 
 
 # Whom a sample is compared with.
@@ -230,24 +230,24 @@ class Credit:
         return Advantage(values.float().to(device), weight.float().to(device), names)
 
     def _total(self, signals: Sequence[RewardSignal], peers: Peers) -> RewardSignal:
-        total = sum((self.weights[s.name] * s.values.double().cpu()).sum(1, keepdim=True) for s in signals)
+        total = sum((self.weights[s.name] * s.values.cpu().double()).sum(1, keepdim=True) for s in signals)
         complete = torch.stack([_complete(s, peers) for s in signals]).all(0)
         return RewardSignal("total", torch.as_tensor(total), valid=complete[:, None])
 
     def _spread(self, signal: RewardSignal, trajectory: Trajectory, locate: Locate, peers: Peers) -> Tensor:
-        values, valid = peers.all(signal.values.double()), peers.all(_valid(signal).long()).bool()
+        values, valid = peers.all(signal.values.cpu().double()), peers.all(_valid(signal).long()).bool()
         units = self.normalize(values, valid, peers.group, signal.unit.aligned)
         units = units[peers.mine, : signal.values.shape[1]]  # [B, U]
         if self.reach == "whole" or isinstance(signal.where, Whole):
             footprint = units.new_ones(1, 1, 1, *[1] * (trajectory.log_prob.ndim - 2))
         else:
-            footprint = locate(signal.where, trajectory).double().cpu()  # [B, U, S, *site], broadcastable
+            footprint = locate(signal.where, trajectory).cpu().double()  # [B, U, S, *site], broadcastable
         if self.reach == "upstream":
             footprint = footprint.flip(2).cummax(2).values.flip(2)
         return (units.reshape(*units.shape, *[1] * (footprint.ndim - 2)) * footprint).sum(1)
 
     def _loudness(self, trajectory: Trajectory, counted: Tensor, peers: Peers, part: Tensor | None) -> Tensor:
-        weight = self.weigh(trajectory).double().cpu() * counted[:, None]  # [B, S]
+        weight = self.weigh(trajectory).cpu().double() * counted[:, None]  # [B, S]
         parts = peers.all(torch.zeros_like(peers.mine) if part is None else part)
         number = torch.unique(parts, return_inverse=True)[1]
         sums = torch.zeros(len(parts), dtype=torch.float64).index_add_(0, number, peers.all(weight.sum(1)))

@@ -128,6 +128,13 @@ class Distributed:
 
     # Sharded parameters and optimizers, which no rank holds as a whole.
 
+    def whole(self, module: nn.Module) -> dict[str, Tensor] | None:
+        """The state dict of a sharded module, gathered on the main process; None where nothing is sharded."""
+        if not self.sharded:
+            return None
+        state: dict[str, Tensor] = self._accelerator.get_state_dict(module)
+        return state
+
     def save_sharded(self, folder: Path) -> None:
         self._accelerator.save_state(str(folder), safe_serialization=True)
 
@@ -137,3 +144,9 @@ class Distributed:
     def close(self) -> None:
         """Leave the process group; the last thing a run does."""
         self._accelerator.end_training()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank holds; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    return part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -80,6 +80,12 @@ class Learner:
         if settings.ema_decay:
             policy.copies.save(AVERAGE)
 
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over the moments of a checkpoint, but keep the settings of now."""
+        self.optimizer.load_state_dict(state)
+        for group in self.optimizer.param_groups:
+            group |= {"betas": self.settings.betas, "weight_decay": self.settings.weight_decay}
+
     def learn(
         self, trajectory: Trajectory, advantage: Advantage, part: Tensor, plan: Plan
     ) -> dict[str, float]:
@@ -114,10 +120,10 @@ class Learner:
         No list at all where no rank has anything to learn from. A sample without weight is left out rather
         than multiplied by 0: what kept it from a verdict may be NaN.
         """
-        loud = credited.weight > 0
+        rows = rows[(credited.weight > 0).flatten(1).any(1).cpu()[rows]]
         if self.settings.skip_idle and self.algorithm.objective.idle_at_zero:
-            loud = loud & (credited.values != 0).any(0)
-        rows = rows[loud.flatten(1).any(1).cpu()[rows]]
+            busy = rows[(credited.values != 0).any(0).flatten(1).any(1).cpu()[rows]]
+            rows = busy if len(busy) else rows[:1]  # a gradient of 0 still moves by momentum and decay
         picks: list[Pick | None] = []
         if len(rows):
             picks += self.policy.picks(credited.trajectory, rows, self.settings.batch)
@@ -169,8 +175,8 @@ class Learner:
             f"{self.bad_in_a_row} updates in a row gave a loss or gradient that is not finite "
             f"(training.max_bad_steps={self.settings.max_bad_steps}), so training stops; none of them "
             f"touched the weights. The last: loss {loss:.4g}, gradient norm {norm:.4g}, {seen}. Usual "
-            f"causes: weights that blew up before (lower training.learning_rate), or half precision that overflows "
-            f"(policy.precision=bf16 or fp32)."
+            f"causes: weights that blew up before (lower training.learning_rate), or half precision that "
+            f"overflows (policy.precision=bf16 or fp32)."
         )
 
     def _check_floor(self, reading: Reading | None) -> None:

@@ -83,8 +83,8 @@ class Scorer:
                 if (signal.name, reason) not in self._warned:
                     self._warned.add((signal.name, reason))
                     warnings.warn(
-                        f"reward {signal.name!r} has no verdict for {reasons[reason]} of {len(missing)} samples"
-                        f" ({reason}). They count as missing; this is said once, the share always logged.",
+                        f"reward {signal.name!r} has no verdict for {reasons[reason]} of {len(missing)} "
+                        f"samples ({reason}). They count as missing; said once, logged throughout.",
                         RuntimeWarning,
                         stacklevel=3,
                     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmalign import checkpoints
 from mmalign.contracts import Key, LearnedReward, Policy
 from mmalign.credit import Credit, Peers
-from mmalign.distributed import Distributed
+from mmalign.distributed import Distributed, local
 from mmalign.health import Clock, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
@@ -29,6 +29,7 @@ from mmalign.updates import Summed, Update
 
 __all__ = ["AVERAGE", "REFERENCE", "Algorithm", "Trainer", "TrainingError", "TrainingSettings"]
 
+SHARDED = "sharded"  # folder of a checkpoint for what no rank holds as a whole
 Evaluate = Callable[
     [int], Mapping[str, float]
 ]  # after so many iterations -> metrics, none where it is not due
@@ -82,8 +83,8 @@ class Algorithm:
     noise: Noise  # of the policy's stochastic steps
     update: Update = field(default_factory=Summed)
     # Frozen copies of the parameters taken at the start, and how much of itself each keeps after an iteration
-    # (a number, or a function of the iteration) as it follows the live ones: 1 never moves, 0 is the policy of
-    # the last iteration.
+    # (a number, or a function of the iteration) as it follows the live ones: 1 never moves, 0 is that
+    # of the last iteration.
     copies: Mapping[str, float | Callable[[int], float]] = field(default_factory=dict)
     sampler: str | None = None  # the copy that samples; None: the live parameters
 
@@ -245,7 +246,7 @@ class Trainer:
 
     def _about(self, advantage: Advantage, peers: Peers) -> dict[str, float]:
         """How many groups say nothing, and how strong the advantage is."""
-        size = peers.all(advantage.values.abs().transpose(0, 1).flatten(1).double().amax(1))
+        size = peers.all(advantage.values.abs().transpose(0, 1).flatten(1).amax(1).cpu().double())
         counted = peers.all((advantage.weight.flatten(1) > 0).any(1).long()).bool()
         groups, row = torch.unique(peers.group, return_inverse=True)
         loudest = torch.zeros(len(groups), dtype=torch.float64).scatter_reduce_(0, row, size, "amax")
@@ -283,17 +284,28 @@ class Trainer:
             "ranks": own,
         }
         if self.distributed.sharded:
-            self.distributed.save_sharded(folder / "sharded")
+            self.distributed.save_sharded(folder / SHARDED)
+            torch.save(self._local_copies(), folder / SHARDED / f"copies_{self.distributed.rank}.pt")
         else:
             state |= {"weights": self._weights(), "optimizer": self.learner.optimizer.state_dict()}
             state["copies"] = self.policy.copies.state_dict()
         if self.distributed.is_main:
             checkpoints.write_state(folder, state)
-            self.policy.save(folder)
-            if AVERAGE in self.policy.copies:
-                (folder / AVERAGE).mkdir()
-                with self.policy.copies.use(AVERAGE):
-                    self.policy.save(folder / AVERAGE)
+        self._export(folder)
+        if AVERAGE in self.policy.copies:
+            with self.policy.copies.use(AVERAGE):
+                self._export(folder / AVERAGE)
+
+    def _export(self, folder: Path) -> None:
+        """The policy as its own library loads it; all ranks must call it."""
+        whole = self.distributed.whole(self.policy.module)
+        if self.distributed.is_main:
+            folder.mkdir(exist_ok=True)
+            self.policy.save(folder, whole)
+
+    def _local_copies(self) -> dict[str, list[Tensor]]:
+        copies = self.policy.copies.state_dict()
+        return {name: [local(t).clone() for t in tensors] for name, tensors in copies.items()}
 
     def resume(self) -> bool:
         """Go back to the latest complete checkpoint of the run directory, if there is one."""
@@ -309,10 +321,15 @@ class Trainer:
         """Take over the state of a checkpoint."""
         state = checkpoints.read_state(folder)
         if self.distributed.sharded:
-            self.distributed.load_sharded(folder / "sharded")
+            self.distributed.load_sharded(folder / SHARDED)
+            own = torch.load(folder / SHARDED / f"copies_{self.distributed.rank}.pt", weights_only=True)
+            for name, tensors in own.items():
+                self.policy.copies.save(name)
+                for mine, saved in zip(self.policy.copies.state_dict()[name], tensors, strict=True):
+                    local(mine).copy_(saved)
         else:
             self._take(state["weights"], folder)
-            self.learner.optimizer.load_state_dict(state["optimizer"])
+            self.learner.load_optimizer(state["optimizer"])
             self.policy.copies.load_state_dict(state["copies"])
         self.iteration, learner = state["iteration"], self.learner
         learner.updates, learner.bad, learner.bad_in_a_row = (

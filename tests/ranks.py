@@ -1,4 +1,4 @@
-"""Trains the toy in one way or another and keeps what came out; run as a script it is one of several processes."""
+"""Trains the toy in several ways and keeps what came out; run as a script it is one of several processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toys import Brightness, Notes, Redness, ToyFlow, source
 from torch import Tensor
+from toys import Brightness, Notes, Redness, ToyFlow, source
 
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
+from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
 from mmalign.records import Outcome, RewardSignal
 from mmalign.scoring import Scorer
@@ -39,6 +40,21 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny(folder: Path, distributed: Distributed) -> dict[str, Any]:
+    """Three iterations of a real pipeline with random weights, by LoRA."""
+    from mmalign.contracts import LoraSettings, PolicySettings
+    from mmalign.data import Prompt, PromptSource
+    from mmalign.pipelines import load
+
+    settings = PolicySettings(str(folder), max_sequence_length=16, lora=LoraSettings(rank=4, alpha=8))
+    policy, notes = load(settings, FAST.noise, distributed.device), Notes()
+    prompts = PromptSource([Prompt("a red cat"), Prompt("two dogs"), Prompt("a blue hat")], 3, 4, 0)
+    algorithm, scorer = FAST.build({"brightness": 1.0}), Scorer([Brightness()])
+    training = TrainingSettings(iterations=3, learning_rate=1e-3, batch=5, updates=1, noise_floor="warn")
+    Trainer(policy, algorithm, scorer, prompts, training, distributed, notes).run()
+    return kept(policy, notes, distributed)
+
+
 def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     """Three iterations; gives the metrics, the rollouts and the weights."""
     given = SCENARIOS[scenario]
@@ -50,11 +66,15 @@ def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     )
     prompts = source(given["groups"], given["members"])
     Trainer(policy, algorithm, Scorer(rewards, 0.5), prompts, settings, distributed, notes).run()
-    bare = distributed.unwrap(policy.module)
+    return kept(policy, notes, distributed)
+
+
+def kept(policy: Policy, notes: Notes, distributed: Distributed) -> dict[str, Any]:
+    trained = distributed.unwrap(policy.module).named_parameters()
     return {
         "metrics": notes.metrics,
         "rows": notes.rows,
-        "weights": {name: p.detach().clone() for name, p in bare.named_parameters()},
+        "weights": {name: p.detach().clone() for name, p in trained if p.requires_grad},
         "average": [p.clone() for p in policy.copies.state_dict()["average"]],
     }
 
@@ -77,5 +97,6 @@ if __name__ == "__main__":
     world = Distributed("cpu")
     found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
     found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
+    found["tiny"] = tiny(Path(sys.argv[2]), world)
     torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
     world.close()

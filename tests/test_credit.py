@@ -295,7 +295,7 @@ def test_where_a_policy_cannot_place_a_unit_only_the_whole_reach_works():
 def split(
     prompts: Prompts, values: Tensor, rows: list[list[int]], credit: Credit
 ) -> list[tuple[Tensor, Tensor]]:
-    """Credit of each rank, where all of them are in this process: gathering hands out what each would send."""
+    """Credit of each rank, with all of them in this process: gathering hands out what they would send."""
     ranks = [torch.tensor(r) for r in rows]
     order = torch.cat(ranks)
 

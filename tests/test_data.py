@@ -35,9 +35,10 @@ def test_text_and_json_files(tmp_path):
         ("a.txt", "\n\n", "holds no prompts"),
         ("a.txt", "one\n\nthree\n", "line 2: the prompt is empty"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": ""}\n', "line 2: the prompt is empty"),
-        ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', 'line 2: each line must be an object with a text under
-        "prompt"'), ("a.jsonl", '{"prompt": "x"}\nnot json\n', "line 2: not valid JSON"), ("a.jsonl", "[1]\n",
-        "line 1"), ("a.csv", "x", "not '.csv'"),
+        ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', "line 2: each line must be an object with a text"),
+        ("a.jsonl", '{"prompt": "x"}\nnot json\n', "line 2: not valid JSON"),
+        ("a.jsonl", "[1]\n", "line 1"),
+        ("a.csv", "x", "not '.csv'"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path, name, text, said):

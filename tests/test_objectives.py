@@ -39,28 +39,30 @@ def shift(policy: ToyFlow, size: float = 0.05) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.floats(-3, 3), st.floats(-5, 5), st.floats(0.001, 0.9), st.floats(0.001, 3))
 def test_the_clipped_gain_is_its_formula(log_ratio, advantage, low, high):
-    l, a = torch.tensor(log_ratio, dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64)
-    ratio = l.exp()
-    assert_close(clipped_gain(l, a, low, high), torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a))
+    log, a = torch.tensor(log_ratio, dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64)
+    ratio = log.exp()
+    assert_close(
+        clipped_gain(log, a, low, high), torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
+    )
 
 
 @pytest.mark.parametrize("log_ratio", [-1e4, -100.0, -81.0, 81.0, 100.0, 1e4])
 @pytest.mark.parametrize("advantage", [-5.0, 0.0, 5.0])
 @pytest.mark.parametrize("high", [1e-5, 0.2, math.inf])
 def test_no_log_ratio_is_too_far_for_a_finite_gain_and_gradient(log_ratio, advantage, high):
-    l = torch.tensor(log_ratio, requires_grad=True)
-    gain = clipped_gain(l, torch.tensor(advantage), 0.2, high)
+    log = torch.tensor(log_ratio, requires_grad=True)
+    gain = clipped_gain(log, torch.tensor(advantage), 0.2, high)
     gain.backward()
     assert gain.isfinite()
-    assert l.grad is not None
-    assert l.grad.isfinite()
+    assert log.grad is not None
+    assert log.grad.isfinite()
 
 
 def test_a_clip_of_a_millionth_still_clips():
-    l = torch.tensor([0.9e-6, 1.1e-6, -1.1e-6], requires_grad=True)
-    clipped_gain(l, torch.ones(3), 1e-6, 1e-6).sum().backward()
-    assert l.grad is not None
-    assert l.grad.ne(0).tolist() == [True, False, True]
+    log = torch.tensor([0.9e-6, 1.1e-6, -1.1e-6], requires_grad=True)
+    clipped_gain(log, torch.ones(3), 1e-6, 1e-6).sum().backward()
+    assert log.grad is not None
+    assert log.grad.ne(0).tolist() == [True, False, True]
 
 
 def test_before_the_first_update_the_ratio_is_one():

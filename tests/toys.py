@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,19 +29,22 @@ from mmalign.records import (
 )
 from mmalign.sde import Noise, euler, log_prob, transition
 
-SHAPE = (3, 2, 2)  # of a latent, which is also the picture
+SHAPE = (4, 2, 2)  # of a latent; three of its channels are the picture
 
 
 class Velocity(nn.Module):
-    """A small network that does the same arithmetic for a sample whatever batch it comes in."""
+    """A small network that does the same arithmetic for a sample whatever batch it comes in.
+
+    To that end nothing is a matrix product, and a sample is 16 numbers, a multiple of any vector register.
+    """
 
     def __init__(self, width: int = 16, prompts: int = 8) -> None:
         super().__init__()
-        self.first = nn.Parameter(0.3 * torch.randn(12, width))
+        self.first = nn.Parameter(0.3 * torch.randn(16, width))
         self.time = nn.Parameter(0.3 * torch.randn(width))
         self.text = nn.Parameter(0.3 * torch.randn(prompts, width))
-        self.last = nn.Parameter(0.3 * torch.randn(width, 12))
-        self.frozen = nn.Parameter(torch.eye(12), requires_grad=False)
+        self.last = nn.Parameter(0.3 * torch.randn(width, 16))
+        self.frozen = nn.Parameter(torch.eye(16), requires_grad=False)
 
     def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         hidden = _times(x.flatten(1), self.first) + sigma[:, None] * self.time + self.text[text]
@@ -50,7 +53,7 @@ class Velocity(nn.Module):
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    return (x[:, :, None] * matrix).sum(1)  # row by row, unlike a matrix product
+    return (x[:, :, None] * matrix).sum(1)
 
 
 class ToyFlow:
@@ -93,7 +96,7 @@ class ToyFlow:
         }
         replay |= {"text": text, "guard": sigmas[1].expand(len(prompts))}
         likely = replay.pop("log_prob")
-        media = torch.sigmoid(2 * x)
+        media = torch.sigmoid(2 * x)[:, :3]
         return Trajectory(
             Outcome(prompts, media), likely, torch.ones(likely.shape[:2], dtype=torch.bool), replay
         )
@@ -131,8 +134,8 @@ class ToyFlow:
             return where.mask.expand(-1, -1, -1, *sites)
         raise TypeError(f"a toy cannot place {type(where).__name__} on its actions")
 
-    def save(self, folder: Path) -> None:
-        torch.save({name: p for name, p in self.module.state_dict().items()}, folder / "toy.pt")
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        torch.save(dict(state or self.module.state_dict()), folder / "toy.pt")
 
 
 def _distinct(state: Tensor) -> tuple[Tensor, Tensor]:
