@@ -28,7 +28,7 @@ ONLY_BY = {
     r"mmalign\.rewardmodels": (f"{REWARDS}|{EDGE}", "the core meets rewards as objects"),
     r"mmalign\.algorithms": (EDGE, "methods do not know each other, and the loop knows none"),
     r"mmalign\.lab": (r"mmalign\.(lab\b.*|rewardmodels\.lab)", "the core does not know the lab"),
-    EDGE: (rf"{EDGE}|mmalign\.benchmark", "what puts a run together is imported by nobody inside"),
+    EDGE: (rf"{EDGE}|mmalign\.(benchmark|__main__)", "what puts a run together is imported by nobody inside"),
     r"pipelines|rewardmodels": (
         r"nobody",
         "write mmalign.pipelines: one module, one name",

@@ -39,9 +39,9 @@ def photos():
 @pytest.mark.slow
 def test_the_right_caption_comes_first_for_real_photographs(conse, photos, outcome_of):
     texts = list(CAPTIONS.values())
-    score = blend(conse.classify(photos), conse._classes, conse.top) @ conse.embed(texts).T  # [photo, caption]
+    score = blend(conse.classify(photos), conse._classes, conse.top) @ conse.embed(texts).T
     assert_close(conse(outcome_of(photos, texts)).values[:, 0], score.diag())
-    right = score.argmax(1) == torch.arange(6)
+    right = score.argmax(1) == torch.arange(6)  # score: [photo, caption]
     assert right.sum() >= 4, f"right for {right.tolist()}"
     assert score.diag().mean() > 0.2 + score[~torch.eye(6, dtype=torch.bool)].mean()
 
