@@ -4,7 +4,8 @@ Made for generated pictures: soft edges and slightly wrong colors are read as wh
 left out, and a piece that resembles nothing is a thing of shape "blob" (or color "other"): something extra.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -36,18 +37,29 @@ VIEW = np.linspace(-1.5, 1.5, 28)  # where a piece is sampled around its center,
 
 @dataclass(frozen=True)
 class Piece:
-    """One connected patch of one color: `cover` [64, 64] is the ink that belongs to it."""
+    """One connected patch of ink: `cover` [64, 64] is the ink of it alone, `pixels` its size by color."""
 
-    color: str
+    pixels: Mapping[str, int]
     cover: np.ndarray
     top: int
     bottom: int
     left: int
     right: int
+    parts: tuple["Piece", ...] = ()  # the patches of one color it consists of, if it has several
+
+    @property
+    def color(self) -> str:
+        """The color of most of it."""
+        return max(self.pixels, key=lambda color: self.pixels[color])
 
     @property
     def width(self) -> int:
         return self.right - self.left
+
+    @property
+    def middle(self) -> float:
+        """Its level, half way between top and bottom."""
+        return (self.top + self.bottom) / 2
 
     @property
     def is_line_high(self) -> bool:
@@ -105,13 +117,15 @@ def as_picture(image: Any) -> np.ndarray:
 
 def read_scene(image: Any) -> Scene:
     """What a picture shows, things ordered from left to right; see `as_picture` for what a picture may be."""
-    readings = [read(piece) for piece in pieces(as_picture(image))]
-    word, rest = read_word(readings)
-    return Scene(tuple(sorted((r.thing for r in rest), key=lambda thing: (thing.x, thing.y))), word)
+    word, rest = read_word([read(piece) for piece in pieces(as_picture(image))])
+    things = []
+    for reading in rest:
+        things += [read(part).thing for part in reading.piece.parts] or [reading.thing]
+    return Scene(tuple(sorted(things, key=lambda thing: (thing.x, thing.y))), word)
 
 
 def pieces(picture: np.ndarray) -> list[Piece]:
-    """The connected patches of one color in a picture [64, 64, 3], specks left out."""
+    """The connected patches of ink in a picture [64, 64, 3], specks left out."""
     away = picture - GROUND
     # Colors are judged on 3 x 3 pixels: mixing with the background keeps the direction, noise averages out.
     calm = ndimage.uniform_filter(away, (3, 3, 1))
@@ -120,26 +134,33 @@ def pieces(picture: np.ndarray) -> list[Piece]:
     strength = np.linalg.norm(calm, axis=-1)
     color[likeness.max(-1) < HUE * strength] = len(COLORS)
 
-    # [64, 64, colors + 1]: how much of each color's full step away from the background a pixel takes.
-    cover = np.concatenate([away @ (AWAY / (AWAY**2).sum(1, keepdims=True)).T, strength[..., None] / 0.8], -1)
-    found = []
-    for k, name in enumerate(NAMES):
-        mine = (color == k) & (cover[..., k] > INK)
-        if mine.sum() < SPECK:
-            continue
-        labels, _ = ndimage.label(mine, np.ones((3, 3)))
-        areas = np.bincount(labels.ravel())
-        for label, box in enumerate(ndimage.find_objects(labels), start=1):
-            if areas[label] >= SPECK:
-                found.append(cut(name, cover[..., k], labels == label, box))
-    return found
+    # How much of its color's full step away from the background a pixel takes.
+    steps = [away @ (AWAY / (AWAY**2).sum(1, keepdims=True)).T, strength[..., None] / 0.8]
+    cover = np.take_along_axis(np.concatenate(steps, -1), color[..., None], -1)[..., 0]
+    return [cut(mask, cover, color) for mask in patches(cover > INK)]
 
 
-def cut(color: str, cover: np.ndarray, mask: np.ndarray, box: tuple[slice, slice]) -> Piece:
-    """The piece under a mask, with the soft rim one pixel around it."""
-    rim = ndimage.binary_dilation(mask)
-    rows, columns = box
-    return Piece(color, (cover * rim).clip(0, 1), rows.start, rows.stop, columns.start, columns.stop)
+def patches(ink: np.ndarray) -> Iterator[np.ndarray]:
+    """A mask for each connected patch, specks left out."""
+    labels, _ = ndimage.label(ink, np.ones((3, 3)))
+    areas = np.bincount(labels.ravel())
+    yield from (labels == label for label in range(1, len(areas)) if areas[label] >= SPECK)
+
+
+def cut(mask: np.ndarray, cover: np.ndarray, color: np.ndarray) -> Piece:
+    """The piece under a mask with its soft rim, and its parts if several colors are more than specks."""
+    areas = np.bincount(color[mask], minlength=len(NAMES))
+    parts: list[Piece] = []
+    if (areas >= SPECK).sum() > 1:
+        masks = [part for k in np.flatnonzero(areas >= SPECK) for part in patches(mask & (color == k))]
+        parts = [cut(part, cover * ((color == color[part][0]) | ~mask), color) for part in masks]
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return Piece(
+        {name: int(area) for name, area in zip(NAMES, areas, strict=True) if area},
+        (cover * ndimage.binary_dilation(mask)).clip(0, 1),
+        *(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1),
+        tuple(parts),
+    )
 
 
 def sample(cover: np.ndarray) -> tuple[np.ndarray, float, tuple[float, float]]:
@@ -206,28 +227,30 @@ def read(piece: Piece) -> Reading:
 def read_word(readings: Sequence[Reading]) -> tuple[Word | None, list[Reading]]:
     """The word of a picture, and the readings that are not part of it.
 
-    A word is what stands on one line in one color beside a piece that is certainly writing; there is one.
+    A word is what stands on one line beside a piece that is certainly writing; there is one. Its color is
+    that of most of its ink, as thin strokes are the first to lose theirs.
     """
-    spelled = {id(r): letters(r) for r in readings if r.piece.is_line_high}
+    spelled = [(r, letters(r)) for r in readings if r.piece.is_line_high]
+    written = [(r, text) for r, text in spelled if r.thing.shape == BLOB or is_writing(r, text)]
     lines = [
-        [r for r in readings if on_line(r.piece, start.piece)]
-        for start in readings
-        if id(start) in spelled and is_writing(start, spelled[id(start)])
+        [(r, text) for r, text in written if abs(r.piece.middle - start.piece.middle) < LINE]
+        for start, text in written
+        if is_writing(start, text)
     ]
     if not lines:
         return None, list(readings)
-    line = sorted(max(lines, key=lambda line: sum(r.piece.width for r in line)), key=lambda r: r.piece.left)
-    text = "".join(letter.letter for r in line for letter in spelled[id(r)])
-    first, last = line[0].piece, line[-1].piece
-    middle = float(np.mean([(r.piece.top + r.piece.bottom) / 2 for r in line]))
-    word = Word(text, first.color, (first.left + last.right) / 2, middle)
-    return word, [r for r in readings if all(r is not part for part in line)]
-
-
-def on_line(piece: Piece, start: Piece) -> bool:
-    """Whether a piece is a letter beside `start`, well drawn or not, or several that touch."""
-    level = abs((piece.top + piece.bottom) - (start.top + start.bottom)) / 2 < LINE
-    return piece.color == start.color and level and piece.is_line_high
+    line = max(lines, key=lambda line: sum(r.piece.width for r, _ in line))
+    line.sort(key=lambda part: part[0].piece.left)
+    parts = [r.piece for r, _ in line]
+    pixels: Counter[str] = sum((Counter(piece.pixels) for piece in parts), Counter())
+    color, most = pixels.most_common(1)[0]
+    word = Word(
+        "".join(letter.letter for _, text in line for letter in text),
+        color if 2 * most >= pixels.total() else OTHER,
+        (parts[0].left + parts[-1].right) / 2,
+        float(np.mean([piece.middle for piece in parts])),
+    )
+    return word, [r for r in readings if all(r.piece is not piece for piece in parts)]
 
 
 def is_writing(reading: Reading, spelled: Sequence[Reading]) -> bool:
@@ -239,7 +262,7 @@ def letters(reading: Reading) -> list[Reading]:
     """A piece as letters: one, or as many as fit its width, cut apart."""
     piece = reading.piece
     count = round((piece.width + LETTER_GAP) / (LETTER_WIDTH + LETTER_GAP))
-    if count < 2 or reading.thing.shape != BLOB:
+    if count < 2 or (reading.thing.shape != BLOB and not piece.parts):
         return [reading]
     columns = np.arange(CANVAS)
     edges = np.linspace(piece.left, piece.right, count + 1).round()

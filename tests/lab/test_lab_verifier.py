@@ -285,6 +285,22 @@ def test_a_thing_of_two_colors_is_not_one_thing():
     assert len(read_scene(left).things) == 2
 
 
+def test_a_word_keeps_its_spelling_where_letters_change_color():
+    """Autoencoders lose the color of thin strokes first."""
+    red, blue = (render(Scene(word=Word("cat", color, 32, 32))) for color in ("red", "blue"))
+    third = np.where(np.arange(64)[:, None] < 23, blue, red).astype(np.uint8)
+    assert (read_scene(third).word.text, read_scene(third).word.color) == ("cat", "red")
+    stripes = np.stack([red, blue, render(Scene(word=Word("cat", "green", 32, 32)))])
+    mixed = np.take_along_axis(stripes, (np.arange(64) // 5 % 3)[None, None, :, None], 0)[0]
+    assert (read_scene(mixed).word.text, read_scene(mixed).word.color) == ("cat", "other")
+
+
+def test_things_of_different_color_that_touch_are_read_apart():
+    seen = read_scene(render(Scene((Thing("square", "red", "medium", 20, 32, 9.4),
+                                    Thing("square", "blue", "medium", 37, 32, 9.4)))))  # fmt: skip
+    assert [(t.shape, t.color) for t in seen.things] == [("square", "red"), ("square", "blue")]
+
+
 def test_half_a_thing_is_a_blob():
     picture = render(Scene((thing("circle", "red", 4, "large"),)))
     picture[32:] = render(Scene())[32:]
