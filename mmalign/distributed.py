@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,13 +24,8 @@ class Distributed:
 
     def __init__(self, device: str | None = None) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
 
-        self._accelerator: Any = Accelerator(
-            cpu=device == "cpu",
-            mixed_precision="no",
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        self._accelerator: Any = Accelerator(cpu=device == "cpu", mixed_precision="no")
 
     @property
     def rank(self) -> int:
@@ -65,6 +61,9 @@ class Distributed:
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Both as the launcher wants them; the module may come back wrapped."""
         module, optimizer = self._accelerator.prepare(module, optimizer)
+        if isinstance(module, DistributedDataParallel):
+            # A frozen network's buffers do not change, and ranks need not make equally many forwards.
+            module.broadcast_buffers = False
         return module, optimizer
 
     def unwrap(self, module: nn.Module) -> nn.Module:

@@ -51,7 +51,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> list[dict
         )
         for rank in range(2)
     ]
-    said = [child.communicate(timeout=300)[1] for child in children]
+    try:
+        said = [child.communicate(timeout=600)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
     assert [child.returncode for child in children] == [0, 0], "\n".join(said)
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
 
