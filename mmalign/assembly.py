@@ -104,7 +104,11 @@ class Run:
 
     def _draw(self, shown: Shown, iteration: int) -> None:
         if self.distributed.is_main:
-            sheet = grids.grid(shown.prompts, [shown.panel("")], f"after {iteration} iterations")
+            sheet = grids.grid(
+                shown.prompts,
+                [shown.panel("")],
+                f"after {iteration} iterations" if iteration else "before training",
+            )
             self.tracker.images(iteration, "step", sheet)
 
     def _facts(self) -> None:

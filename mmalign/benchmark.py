@@ -81,8 +81,8 @@ def instrument(run: Run, watch: Stopwatch) -> None:
             watch_module(part, "text encoders", watch)
     pipeline.vae.decode = watch.wrap("VAE", pipeline.vae.decode)
     run.distributed.backward = watch.wrap("network backward", run.distributed.backward)  # type: ignore[method-assign]
-    trainer.learner.optimizer.register_step_pre_hook(lambda *_: watch.start("optimizer"))
-    trainer.learner.optimizer.register_step_post_hook(lambda *_: watch.stop())
+    optimizer = trainer.learner.optimizer
+    optimizer.step = watch.wrap("optimizer", optimizer.step)  # type: ignore[method-assign]
     trainer.scorer.rewards = [
         reward if isinstance(reward, LearnedReward) else TimedReward(reward, watch)
         for reward in trainer.scorer.rewards

@@ -42,11 +42,15 @@ def running_mean(values: Sequence[float], width: int) -> list[float]:
     ]
 
 
-def label(value: float) -> str:
-    if value and (abs(value) >= 10_000 or abs(value) < 1e-3):
+def label(value: float, step: float) -> str:
+    """A tick as text, with as many digits as tell it from its neighbors."""
+    if abs(value) < step / 2:
+        return "0"
+    if abs(value) >= 100_000 or step < 1e-4:
         mantissa, _, exponent = f"{value:.1e}".partition("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.4g}"
+    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value:.{digits + (f'{step:.9e}'[2] not in '0')}f}" if step < 10 else f"{value:.0f}"
 
 
 def finite(line: Line) -> Line:
@@ -71,7 +75,7 @@ def chart(lines: Iterable[Line], floor: float | None = None) -> str:
     if floor is not None:
         bottom = min(bottom, floor)
     if top - bottom <= 1e-12 * max(1.0, abs(top)):
-        bottom, top = bottom - (abs(bottom) or 1) * 0.1, top + (abs(top) or 1) * 0.1
+        bottom, top = (bottom - abs(bottom) * 0.1, top + abs(top) * 0.1) if top else (0.0, 1.0)
     marks = ticks(bottom, top)
     bottom, top = marks[0], marks[-1]
     x0, x1 = min(min(line.x) for line in lines), max(max(line.x) for line in lines)
@@ -90,11 +94,12 @@ def chart(lines: Iterable[Line], floor: float | None = None) -> str:
     for mark in marks:
         y = py(mark)
         out.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" class=rule />')
-        out.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor=end>{label(mark)}</text>')
+        text = label(mark, marks[1] - marks[0])
+        out.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor=end>{text}</text>')
     for mark in ticks(x0, x1, 6):
         if x0 <= mark <= x1 and float(mark).is_integer():
             below = HEIGHT - BOTTOM + 18
-            out.append(f'<text x="{px(mark):.1f}" y="{below}" text-anchor=middle>{label(mark)}</text>')
+            out.append(f'<text x="{px(mark):.1f}" y="{below}" text-anchor=middle>{mark:.0f}</text>')
     for i, line in enumerate(lines):
         color = COLORS[i % len(COLORS)]
         if line.low and line.high:
@@ -108,7 +113,7 @@ def chart(lines: Iterable[Line], floor: float | None = None) -> str:
             for x, y in zip(line.x, bold, strict=True):
                 out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r=3 fill="{color}" />')
     out.append("</svg>")
-    return "".join(out) + (legend([line.name for line in lines]) if any(line.name for line in lines) else "")
+    return "".join(out) + (legend([line.name for line in lines]) if len(lines) > 1 else "")
 
 
 def bars(shares: Sequence[tuple[str, float]]) -> str:

@@ -278,12 +278,41 @@ class _Blame:
 def _check(value: Any, kind: Any, path: tuple[str, ...], blame: _Blame, faults: list[str]) -> Any:
     """`value` as a `kind`, or None and one line in `faults` for each thing wrong."""
     try:
-        return adapter(kind).validate_python({"": value})[""]
+        return adapter(kind).validate_python({"": filled(kind, value)})[""]
     except ValidationError as error:
         for fault in error.errors(include_url=False):
             at = tuple(str(part) for part in fault["loc"][1:])
             faults.append(_say(fault, kind, path, at, blame))
         return None
+
+
+def filled(kind: type, value: Any) -> Any:
+    """`value` with the defaults of `kind` below what it says of nested settings.
+
+    A method may have other defaults for nested settings than their class; saying one field keeps the rest.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    given, hints = dict(value), typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        below, inner = settings_in(hints[f.name]), given.get(f.name)
+        if below is None or not isinstance(inner, Mapping):
+            continue
+        default = default_of(f)
+        start = (
+            {g.name: getattr(default, g.name) for g in dataclasses.fields(below)}
+            if default is not None
+            else {}
+        )
+        given[f.name] = filled(below, {**start, **inner})
+    return given
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """The default of a field, None where it has none."""
+    if f.default_factory is not dataclasses.MISSING:
+        return f.default_factory()
+    return None if f.default is dataclasses.MISSING else f.default
 
 
 @cache
@@ -311,7 +340,8 @@ def _say(fault: Any, kind: type, path: tuple[str, ...], at: tuple[str, ...], bla
             f"{blame(*path, *at)}: {where} is missing ({owner.__name__}.{at[-1]}{meaning and ': ' + meaning})"
         )
     if fault["type"] == "value_error":
-        return f"{blame(*path, *at)}: {where}: {fault['ctx']['error']}"
+        said = str(fault["ctx"]["error"])
+        return f"{blame(*path, *at)}: {said if said.startswith(where) else f'{where}: {said}'}"
     message = fault["msg"].removeprefix("Input ").replace("should be", "must be")
     return f"{blame(*path, *at)}: {where} {message}, got {fault['input']!r}"
 
@@ -468,21 +498,19 @@ def type_name(hint: object) -> str:
     return str(hint).replace("typing.", "")
 
 
-def fields(kind: type, path: str) -> Iterator[Field]:
-    """Every setting of a dataclass, nested ones by their dotted names."""
+def fields(kind: type, path: str, default: Any = None) -> Iterator[Field]:
+    """Every setting of a dataclass, nested ones by dotted names; default: an instance that tells defaults."""
     hints, said = typing.get_type_hints(kind), comments(kind)
     for f in dataclasses.fields(kind):
         below = settings_in(hints[f.name])
+        value = default_of(f) if default is None else getattr(default, f.name)
         if below:
-            yield from fields(below, f"{path}.{f.name}")
+            yield from fields(below, f"{path}.{f.name}", value)
             continue
-        if f.default is not dataclasses.MISSING:
-            default = show(f.default)
-        elif f.default_factory is not dataclasses.MISSING:
-            default = show(f.default_factory())
-        else:
-            default = ""
-        yield Field(f"{path}.{f.name}", type_name(hints[f.name]), default, said.get(f.name, ""))
+        needed = default is None and f.default is f.default_factory is dataclasses.MISSING
+        yield Field(
+            f"{path}.{f.name}", type_name(hints[f.name]), "" if needed else show(value), said.get(f.name, "")
+        )
 
 
 def show(value: object) -> str:
@@ -640,7 +668,8 @@ def _rewards_schema() -> Raw:
 
     known = {}
     for name, path in sorted(REWARDS.items()):
-        kind, definitions = named_class(path), {}
+        kind = named_class(path)
+        definitions: Raw = {}
         _schema_of(kind, definitions)
         known[name] = one(definitions[kind.__name__].get("properties", {}), first_sentence(kind))
     return {

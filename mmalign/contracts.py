@@ -98,10 +98,10 @@ class PolicySettings:
     """Which model is trained, and at what size and precision it runs."""
 
     model: str  # local folder or hub id in diffusers format
-    height: int | None = None  # pixels; None: the model's own size
-    width: int | None = None
+    height: int | None = None  # pixels; null: the model's own size
+    width: int | None = None  # pixels; null: the model's own size
     guidance: float = 1.0  # classifier-free guidance in sampling and training; 1 is off and halves the cost
-    negative_prompt: str = ""
+    negative_prompt: str = ""  # what guidance leads away from
     max_sequence_length: int = 256  # tokens of the T5 encoder, where the family has one
     precision: str = "fp32"  # fp32, bf16 or fp16 for the frozen weights and the forward pass
     leave_out: tuple[str, ...] = ()  # components not to load: text_encoder_3 saves the memory of T5

@@ -110,8 +110,8 @@ class Verdict:
     category: str = ""
 
     def said(self, names: Sequence[str]) -> str:
-        """A line to stand under the picture."""
-        return "  ".join(
+        """What stands under the picture, a line a reward."""
+        return "\n".join(
             f"{name} {self.values[name]:.2f}" for name in names if math.isfinite(self.values[name])
         )
 
@@ -138,13 +138,19 @@ class Evaluated:
     def load(path: Path) -> Evaluated:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return Evaluated(
-            scores={k: Score(**v) for k, v in raw["scores"].items()},
-            categories={k: {c: Score(**s) for c, s in v.items()} for k, v in raw["categories"].items()},
+            scores={k: score_of(v) for k, v in raw["scores"].items()},
+            categories={k: {c: score_of(s) for c, s in v.items()} for k, v in raw["categories"].items()},
             diversity=raw["diversity"],
             by_prompt={k: [math.nan if x is None else x for x in v] for k, v in raw["by_prompt"].items()},
             seconds=raw["seconds"],
             forwards=raw["forwards"],
         )
+
+
+def score_of(raw: Mapping[str, Any]) -> Score:
+    """A score as JSON holds it, where NaN is null."""
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in raw.items()}
+    return Score(**values)
 
 
 def no_nan(value: Any) -> Any:
@@ -198,8 +204,8 @@ def verdicts(
 ) -> list[Verdict]:
     """Ask every reward about every picture; one verdict a picture.
 
-    A reward gives its mean over units under its own name, and every number in its details under the name there
-    (with the reward's name before it if two rewards use the same one).
+    A reward gives its mean over units under its own name, and every number in its details under the name
+    there (with the reward's name before it if two rewards use the same one).
     """
     found: list[dict[str, float]] = [{} for _ in range(len(prompts))]
     category = [""] * len(prompts)

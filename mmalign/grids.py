@@ -24,7 +24,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 class Panel:
     """One set of pictures for the same prompts: base, trained, iteration 40, ...
 
-    images: [N * seeds, 3, H, W] in [0, 1], prompt by prompt. captions: a line under each, or empty.
+    images: [N * seeds, 3, H, W] in [0, 1], prompt by prompt. captions: what stands under each, or empty.
     """
 
     title: str
@@ -86,7 +86,8 @@ def grid(prompts: Sequence[str], panels: Sequence[Panel], title: str = "") -> Im
     small, large = font(13), font(16)
     sample = fit(to_pil(panels[0].images[0]))
     width, height = sample.size
-    caption = 20 if any(panel.captions for panel in panels) else 0
+    lines = max((text.count("\n") + 1 for panel in panels for text in panel.captions), default=0)
+    caption = 4 + 16 * lines if lines else 0
     row = height + caption + GAP
     panel_width = columns * (width + GAP) + GAP
     top = MARGIN + (28 if title else 0) + (28 if any(panel.title for panel in panels) else 0)
@@ -115,8 +116,8 @@ def grid(prompts: Sequence[str], panels: Sequence[Panel], title: str = "") -> Im
             y = top + (i // columns) * row
             sheet.paste(fit(to_pil(image)), (x, y))
             if panel.captions:
-                text = clip(panel.captions[i], width, small)
-                pen.text((x, y + height + 2), text, SOFT, small)
+                for k, text in enumerate(panel.captions[i].split("\n")):
+                    pen.text((x, y + height + 2 + 16 * k), clip(text, width, small), SOFT, small)
     return sheet
 
 
@@ -135,7 +136,7 @@ h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 2rem 0 .5rem; font-weight
 .panel > b { font-weight: 500; color: #71717a; font-size: .85rem }
 .row { display: flex; flex-wrap: wrap; gap: 8px }
 figure { margin: 0 } img { width: 160px; image-rendering: pixelated; border-radius: 4px; display: block }
-figcaption { color: #71717a; font-size: .8rem; max-width: 160px }
+figcaption { color: #71717a; font-size: .8rem; max-width: 160px; white-space: pre-line }
 """
 
 

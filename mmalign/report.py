@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from mmalign import __version__, charts
+from mmalign import __version__
 from mmalign.charts import Line, bars, chart
 from mmalign.evaluation import Evaluated, Score, gain, no_nan
 from mmalign.grids import data_uri
@@ -177,10 +177,10 @@ main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
 h1 { font-size: 1.6rem; margin: 0; letter-spacing: -.01em } h2 { font-size: 1.1rem; margin: 2.6rem 0 .8rem }
 h3 { font-size: .9rem; margin: 0 0 .4rem; font-weight: 600 }
 p { margin: .3rem 0 } .soft, .none { color: #71717a } code { font-size: .85em }
-.tiles, .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px }
+.tiles, .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px }
 .tiles { margin-top: 1.4rem }
 .card { background: #fff; border: 1px solid #e4e4e7; border-radius: 10px; padding: 14px 16px }
-.tile b { font-size: 1.55rem; font-weight: 600; display: block; line-height: 1.25; letter-spacing: -.02em }
+.tile b { font-size: 1.4rem; font-weight: 600; display: block; line-height: 1.25; letter-spacing: -.02em }
 .tile span { color: #71717a; font-size: .84rem }
 .good { color: #15803d } .bad { color: #b91c1c }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)) }
@@ -194,7 +194,6 @@ th { font-weight: 500; color: #71717a }
 th:first-child, td:first-child { text-align: left } tr:last-child td { border: 0 } td small { color: #a1a1aa }
 tr.sub td:first-child { padding-left: 26px; color: #52525b }
 img { max-width: 100%; height: auto; display: block; border-radius: 6px }
-.strip { overflow-x: auto } .strip img { max-width: none }
 details { margin-top: 12px } summary { cursor: pointer; color: #52525b }
 pre { overflow: auto; font-size: .8rem }
 """
@@ -235,12 +234,13 @@ def head(run: RunFiles, result: Mapping[str, Any]) -> str:
 def tiles(result: Mapping[str, Any]) -> str:
     """The few numbers that one looks for first."""
     shown: list[str] = []
-    for name, entry in list(result["heldout"].items())[:6]:
-        if name not in ("strict", "soft") and len(shown) >= 2:
+    known = [name for name in ("strict", "soft") if name in result["heldout"]] or list(result["rewards"])[:2]
+    for name, entry in result["heldout"].items():
+        if name not in known:
             continue
         if entry.get("gain") is not None:
             low, high = entry["gain_interval"]
-            tone = "good" if (low or 0) > 0 else "bad" if (high or 0) < 0 else ""
+            tone = tone_of(low, high)
             shown.append(
                 tile(
                     f"{short(entry['base'])} → {short(entry['trained'])}",
@@ -268,9 +268,12 @@ def heldout_section(result: Mapping[str, Any]) -> str:
     if not table:
         return ""
     columns = [which for which in (BASE, TRAINED, AVERAGE) if any(which in entry for entry in table.values())]
+    judged = ("strict", "soft", *result["rewards"])  # what is more of is better
     rows = []
     for name, entry in table.items():
-        rows.append(f"<tr><td>{html.escape(name)}</td>{cells(entry, columns)}{gain_cell(entry)}</tr>")
+        rows.append(
+            f"<tr><td>{html.escape(name)}</td>{cells(entry, columns)}{gain_cell(entry, name in judged)}</tr>"
+        )
         for kind, score in result["heldout_by_category"].get(name, {}).items():
             if name in ("strict", "soft"):
                 kind = html.escape(kind.replace("_", " "))
@@ -299,11 +302,16 @@ def cells(entry: Mapping[str, Any], columns: Sequence[str]) -> str:
     return "".join(out)
 
 
-def gain_cell(entry: Mapping[str, Any]) -> str:
+def tone_of(low: float | None, high: float | None) -> str:
+    """Whether an interval lies on one side of 0."""
+    return "good" if (low or 0) > 0 else "bad" if (high or 0) < 0 else ""
+
+
+def gain_cell(entry: Mapping[str, Any], judged: bool) -> str:
     if entry.get("gain") is None:
         return "<td></td>"
     low, high = entry["gain_interval"]
-    tone = "good" if (low or 0) > 0 else "bad" if (high or 0) < 0 else ""
+    tone = tone_of(low, high) if judged else ""
     value, interval = signed(entry["gain"]), between(low, high, True)
     return f'<td><span class="{tone}">{value}</span> <small>{interval}</small></td>'
 
@@ -312,16 +320,15 @@ def pictures(run: RunFiles) -> str:
     """Before and after, and the same prompts and seeds along the way."""
     samples, out = run.folder / SAMPLES, []
     if (samples / BEFORE_AFTER).is_file():
-        out.append(
-            f"<h2>Before and after</h2><div class='card strip'>{picture(samples / BEFORE_AFTER)}</div>"
-        )
+        out.append(f"<h2>Before and after</h2><div class=card>{picture(samples / BEFORE_AFTER)}</div>")
     steps = sorted(samples.glob("step_*.png"))
     chosen = [steps[i * (len(steps) - 1) // 3] for i in range(4)] if len(steps) > 4 else steps
     for path in chosen if len(steps) > 1 or not out else []:
         step = int(path.stem.rpartition("_")[2])
+        when = f"after {step} iterations" if step else "before training"
         out.append(
-            f"<details><summary>The same prompts and seeds after {step} iterations</summary>"
-            f"<div class='card strip'>{picture(path)}</div></details>"
+            f"<details><summary>The same prompts and seeds {when}</summary>"
+            f"<div class=card>{picture(path)}</div></details>"
         )
     return "".join(out)
 
@@ -331,54 +338,52 @@ def picture(path: Path) -> str:
         return f'<img src="{data_uri(image.convert("RGB"))}" alt="{html.escape(path.stem)}">'
 
 
-def line_of(run: RunFiles, name: str, label: str = "", smooth: bool = True) -> Line:
-    points = [(row["step"] + 1, row[name]) for row in run.rows if row.get(name) is not None]
-    width = max(1, len(points) // 15) if smooth else 1
-    return Line(label or name, [x for x, _ in points], [y for _, y in points], smooth=width)
+def line_of(run: RunFiles, name: str, label: str = "", less: float = 0.0) -> Line:
+    """A metric over the iterations, `less` a constant."""
+    points = [(row["step"] + 1, row[name] - less) for row in run.rows if row.get(name) is not None]
+    return Line(label, [x for x, _ in points], [y for _, y in points], smooth=max(1, len(points) // 15))
+
+
+SHARES = ("strict", "soft")  # scores between 0 and 1 that rewards tell beside their value
 
 
 def curves(run: RunFiles) -> str:
     """What training saw, and what held-out prompts said meanwhile."""
-    charts_ = [
-        (
-            "Reward while training",
-            chart(line_of(run, n, n.removeprefix("reward/")) for n in top(run.named("reward/"))),
-        ),
-    ]
-    watched = [n for n in run.named("heldout/") if n.count("/") == 1]
-    if watched or len(run.evaluated) > 1:
-        charts_.append(("Held-out over time", chart(heldout_lines(run, watched))))
-    return section("Curves", charts_)
+    rewards = [name.removeprefix("reward/") for name in run.named("reward/") if name.count("/") == 1]
+    found = []
+    for reward in rewards:
+        parts = {"": f"reward/{reward}"} | {name: f"reward/{reward}/{name}" for name in SHARES}
+        lines = [line_of(run, path, name or reward) for name, path in parts.items() if run.column(path)]
+        found.append((f"Training: {reward}", chart(lines)))
+    shares = [line for name in SHARES for line in heldout_line(run, name)]
+    if shares:
+        found.append((f"Held out: {' and '.join(line.name for line in shares)}", chart(shares)))
+    if not shares:
+        lines_of = {reward: heldout_line(run, reward) for reward in rewards}
+        found += [(f"Held out: {reward}", chart(line)) for reward, line in lines_of.items() if line]
+    if line := heldout_line(run, "diversity"):
+        found.append(("Held out: diversity", chart(line, floor=0.0)))
+    return section("Curves", found)
 
 
-def top(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name.count("/") == 1]
-
-
-def heldout_lines(run: RunFiles, watched: Sequence[str]) -> list[Line]:
-    """Held-out scores at the start, along the way and at the end."""
-    lines, last = [], len(run.rows)
-    names = [n.removeprefix("heldout/") for n in watched]
-    for which in (BASE, TRAINED):
+def heldout_line(run: RunFiles, name: str) -> list[Line]:
+    """A held-out score before, during and after training."""
+    path = f"heldout/{name}"
+    at = {row["step"] + 1: row[path] for row in run.rows if row.get(path) is not None}
+    for which, step in ((BASE, 0), (TRAINED, len(run.rows))):
         if which in run.evaluated:
-            names += list(run.evaluated[which].scores)
-    for name in list(dict.fromkeys(names))[: len(charts.COLORS)]:
-        at = {
-            row["step"] + 1: row[f"heldout/{name}"]
-            for row in run.rows
-            if row.get(f"heldout/{name}") is not None
-        }
-        if BASE in run.evaluated and name in run.evaluated[BASE].scores:
-            at[0] = run.evaluated[BASE].scores[name].mean
-        if TRAINED in run.evaluated and name in run.evaluated[TRAINED].scores:
-            at[last] = run.evaluated[TRAINED].scores[name].mean
-        lines.append(Line(name, sorted(at), [at[x] for x in sorted(at)], dots=True))
-    return lines
+            found = run.evaluated[which]
+            if name == "diversity" and found.diversity is not None:
+                at[step] = found.diversity
+            elif name in found.scores:
+                at[step] = found.scores[name].mean
+    steps = sorted(at)
+    return [Line(name, steps, [at[step] for step in steps], dots=True)] if steps else []
 
 
 HEALTH = {
     "Log-ratio: largest, and noise floor": ("log_ratio_max", "noise_floor/max"),
-    "Mean ratio": ("ratio",),
+    "Mean ratio, less 1": ("ratio",),
     "Clip share": ("clip_share",),
     "Groups without variance": ("groups/flat_share",),
     "Spread of rewards inside groups": ("*/group_std",),
@@ -387,7 +392,6 @@ HEALTH = {
     "Gradient norm": ("grad_norm",),
     "Reward: share of the time": ("share/reward",),
 }
-NOT_FROM_ZERO = ("Mean ratio",)
 
 
 def health(run: RunFiles) -> str:
@@ -396,8 +400,12 @@ def health(run: RunFiles) -> str:
     for title, patterns in HEALTH.items():
         names = [name for pattern in patterns for name in run.named("") if fnmatch(name, pattern)]
         if names:
-            lines = [line_of(run, name, name.removeprefix("reward/")) for name in names]
-            found.append((title, chart(lines, floor=None if title in NOT_FROM_ZERO else 0.0)))
+            label = {
+                name: name.removeprefix("reward/").partition("/")[0] if "*" in patterns[0] else name
+                for name in names
+            }
+            lines = [line_of(run, name, label[name], less=float(name == "ratio")) for name in names]
+            found.append((title, chart(lines, floor=0.0)))
     return section("Health", found)
 
 

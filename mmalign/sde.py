@@ -32,7 +32,7 @@ AT_NOISE = 1 - 1e-6  # from here on sigma counts as 1, where flow's g is infinit
 class Noise:
     """How a stochastic step draws its noise and how its log-probability is written."""
 
-    kind: Literal["flow", "dance", "cps"] = "flow"
+    kind: Literal["flow", "dance", "cps"] = "flow"  # flow and dance follow the data law, cps the schedule
     level: float = 0.7  # raise to explore more, lower when images break; usual: flow 0.7, dance 0.3, cps 0.8
     # gaussian is the true density. unscaled is -(x' - mean)^2 as in the public code of CPS, with no constants
     # and no 1 / (2 std^2); it weighs steps differently and needs another clip range. For cps only.

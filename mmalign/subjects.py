@@ -42,6 +42,7 @@ from mmalign.evaluation import (
     verdicts,
 )
 from mmalign.pipelines import load as load_policy
+from mmalign.pipelines import pipeline_class
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.records import Prompts
 from mmalign.rewardmodels import load as load_reward
@@ -72,6 +73,8 @@ def open_subject(path: str, overrides: Sequence[str] = (), rewards: Sequence[str
     """What lies at `path`; settings come from the run it belongs to, with `section.field=value` over them."""
     place = Path(path)
     given = named_rewards(rewards)
+    if not place.exists():
+        pipeline_class(path)  # a hub id, or an error
     if (place / "model_index.json").is_file() or not place.exists():
         raw: dict[str, Any] = {"policy": {"model": path}}
         for text in overrides:
@@ -184,6 +187,11 @@ def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]
             raise ConfigError(
                 f"{COMMAND_LINE}: a folder of images has no settings, got {' '.join(options.overrides)}"
             )
+        for name in ("prompts", "count", "seeds", "steps", "compare"):
+            if getattr(options, name):
+                raise ConfigError(
+                    f"a folder of images brings prompts and pictures of its own; it takes no --{name}"
+                )
         given = named_rewards(options.rewards)
         if not given:
             raise ConfigError("a folder of images needs --rewards NAME [NAME ...] to be scored by")

@@ -1,0 +1,77 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import ROOT, small
+
+from mmalign.cli import main
+from mmalign.config import load_config
+
+RECIPES = sorted((ROOT / "assets/recipes").glob("*.yaml"))
+LAUNCHERS = sorted((ROOT / "assets/accelerate").glob("*.yaml"))
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_a_recipe_is_valid_and_named_after_its_run(path):
+    config = load_config(path)
+    assert config.run.dir == f"runs/{path.stem}"
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_the_numbers_of_a_recipe_fit_together(path):
+    config = load_config(path)
+    assert config.prompts.per_iteration % config.training.updates == 0
+    assert config.prompts.heldout_file not in (None, config.prompts.file)
+    assert config.evaluation.seeds >= 2, "diversity needs two pictures of a prompt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_a_recipe_runs(path, tmp_path, monkeypatch, capsys):
+    if path.stem.startswith("emoji"):
+        pytest.importorskip("efficientnet_lite_pytorch")
+    monkeypatch.chdir(ROOT)
+    assert main(["train", "--config", str(path), *small(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run/report.json").read_text())
+    assert result["iterations"] == 2
+    assert result["heldout"]
+    assert result["forwards"]["train"] > 0
+
+
+def test_there_is_a_launch_configuration_for_every_kind_of_machine():
+    assert {path.stem for path in LAUNCHERS} >= {
+        "cpu", "cpu_2", "one_gpu", "multi_gpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "multi_node"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=named)
+def test_accelerate_reads_the_launch_configuration(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    read = load_config_from_file(str(path))
+    written = yaml.safe_load(path.read_text())
+    assert read.num_processes == written["num_processes"]
+    assert read.distributed_type.value == written["distributed_type"]
+    assert read.mixed_precision == "no"
+    for plugin, prefix in (("fsdp_config", "fsdp_"), ("deepspeed_config", "")):
+        assert all(key.startswith(prefix) for key in getattr(read, plugin))
+    if read.distributed_type.value == "DEEPSPEED":
+        assert read.deepspeed_config["gradient_accumulation_steps"] == 1
+        assert path.stem.endswith(str(read.deepspeed_config["zero_stage"]))
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=named)
+def test_the_launcher_takes_every_key(path):
+    from accelerate.commands.launch import launch_command_parser
+
+    known = {action.dest for action in launch_command_parser()._actions}
+    written = yaml.safe_load(path.read_text())
+    for plugin in ("fsdp_config", "deepspeed_config"):
+        names = set(written.get(plugin, {}))
+        assert names <= known, names - known
