@@ -19,7 +19,8 @@ Key = tuple[int | str, ...]  # names a stream of random numbers: (seed, purpose,
 class Forwards:
     """Sample-forwards of the policy's network so far: one row of one batch counts 1, guidance doubles it.
 
-    train counts the forwards that gradients flow through; reference those of frozen copies; sample all others.
+    train counts the forwards that gradients flow through; reference those of frozen copies; sample all
+    others.
     """
 
     sample: int = 0
@@ -42,7 +43,7 @@ class Policy(Protocol):
         ...
 
     def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
-        """Split all unmasked actions of the samples `rows` [b] into forwards of at most `size` network rows."""
+        """All unmasked actions of the samples `rows` [b], in forwards of at most `size` network rows."""
         ...
 
     def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:

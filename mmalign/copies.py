@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Copies:
     """Frozen copies of a module's trainable parameters, by name: the reference, the old policy, an average.
 
-    With LoRA a copy is as small as the adapter, and the copy taken before the first update is the base model, so no
-    second network is ever held.
+    With LoRA a copy is as small as the adapter, and the copy taken before the first update is the base model,
+    so no second network is ever held.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -55,4 +55,6 @@ class Copies:
             shapes = [tuple(t.shape) for t in tensors]
             if shapes != [tuple(p.shape) for p in self._live]:
                 raise ValueError(f"copy {name!r} does not fit the trainable parameters of this model")
-            self._saved[name] = [t.to(p.device, p.dtype).clone() for t, p in zip(tensors, self._live, strict=True)]
+            self._saved[name] = [
+                t.to(p.device, p.dtype).clone() for t, p in zip(tensors, self._live, strict=True)
+            ]

@@ -1,4 +1,4 @@
-"""Random streams that are named, not shared: the same key gives the same numbers in any batch, rank or order."""
+"""Random streams that are named, not shared: a key gives the same numbers in any batch, rank or order."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ def seed_of(*key: int | str) -> int:
 
 
 def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator for a key; numbers are drawn on the CPU in fp32, so that every device sees the same ones."""
+    """A CPU generator for a key; numbers are drawn there in fp32, so that every device sees the same ones."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def normals(streams: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+def normals(
+    streams: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Tensor:
     """Standard normal noise, [len(streams), *shape] in fp32, row i from stream i (which moves on)."""
     if not streams:
         return torch.empty(0, *shape, device=device)

@@ -1,9 +1,9 @@
 """The values that flow through training, in the order in which they appear.
 
 Shapes use these letters everywhere:
-    B samples, S actions per sample, U reward units per sample, K objectives kept apart, n actions picked for one
-    forward. `*site` is what one action can be split into: nothing for a token or a whole denoising step, (F,) for
-    frames, (H, W) or (F, H, W) for places in a latent.
+    B samples, S actions per sample, U reward units per sample, K objectives kept apart, n actions picked for
+    one forward. `*site` is what one action can be split into: nothing for a token or a whole denoising step,
+    (F,) for frames, (H, W) or (F, H, W) for places in a latent.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 class Plan:
     """How to sample once.
 
-    steps: denoising steps of the schedule. sde_steps: the steps at which noise is drawn and recorded (the actions);
-    every other step follows the ODE. share_noise: members of a group start from one initial noise, so that they are
-    one and the same sample up to their first action. strides: after the last action the schedule is finished once
-    per stride, taking every stride-th step; each gives one completion (a view) of the same actions. renoise: for
-    methods of the forward process, which take no action while sampling: every finished sample is noised again at so
-    many times, and each of these noised states is an action.
+    steps: denoising steps of the schedule. sde_steps: the steps at which noise is drawn and recorded (the
+    actions); every other step follows the ODE. share_noise: members of a group start from one initial noise,
+    so that they are one and the same sample up to their first action. strides: after the last action the
+    schedule is finished once per stride, taking every stride-th step; each gives one completion (a view) of
+    the same actions. renoise: for methods of the forward process, which take no action while sampling: every
+    finished sample is noised again at so many times, and each of these noised states is an action.
     """
 
     steps: int
@@ -57,9 +57,9 @@ class Plan:
 class Prompts:
     """What the policy is asked for; samples with the same group number are compared with each other.
 
-    group, member: [B] int64, given by the sampler and never guessed from the text. (group, member) names a sample
-    for good: its randomness is keyed by it, whatever rank or batch it lands in. extra: one mapping a sample
-    (reference, expected answer, image path: whatever a reward needs).
+    group, member: [B] int64, given by the sampler and never guessed from the text. (group, member) names a
+    sample for good: its randomness is keyed by it, whatever rank or batch it lands in. extra: one mapping a
+    sample (reference, expected answer, image path: whatever a reward needs).
     """
 
     text: list[str]
@@ -70,7 +70,9 @@ class Prompts:
     def __post_init__(self) -> None:
         sizes = {len(self.text), len(self.group), len(self.member), len(self.extra)}
         if len(sizes) > 1:
-            raise ValueError(f"text, group, member and extra must be equally long, got lengths {sorted(sizes)}")
+            raise ValueError(
+                f"text, group, member and extra must be equally long, got lengths {sorted(sizes)}"
+            )
 
     def __len__(self) -> int:
         return len(self.text)
@@ -79,7 +81,10 @@ class Prompts:
         """The samples at `rows` [b] (int64)."""
         picked = rows.tolist()
         return Prompts(
-            [self.text[i] for i in picked], self.group[rows], self.member[rows], [self.extra[i] for i in picked]
+            [self.text[i] for i in picked],
+            self.group[rows],
+            self.member[rows],
+            [self.extra[i] for i in picked],
         )
 
 
@@ -87,8 +92,8 @@ class Prompts:
 class Outcome:
     """All that a reward may see: the prompts and what came out, nothing of how it was made.
 
-    media: images [B * views, C, H, W] or video [B * views, F, C, H, W] with values in [0, 1], or B * views strings.
-    views: completions made from the same actions; row b * views + i is completion i of sample b.
+    media: images [B * views, C, H, W] or video [B * views, F, C, H, W] with values in [0, 1], or B * views
+    strings. views: completions made from the same actions; row b * views + i is completion i of sample b.
     """
 
     prompts: Prompts
@@ -100,8 +105,8 @@ class Outcome:
 class Trajectory:
     """A batch of samples: the outcome, the actions that led to it, and what replays them.
 
-    log_prob: [B, S, *site] under the policy that sampled; S = 0 where nothing was drawn. mask: [B, S] bool, False on
-    padding. replay: read only by the policy that wrote it; every tensor in it starts with B.
+    log_prob: [B, S, *site] under the policy that sampled; S = 0 where nothing was drawn. mask: [B, S] bool,
+    False on padding. replay: read only by the policy that wrote it; every tensor in it starts with B.
     """
 
     outcome: Outcome
@@ -148,7 +153,7 @@ class Spans:
 
 @dataclass(frozen=True)
 class Masks:
-    """The unit speaks about these places; mask: [B, U, F, H, W] in [0, 1] at any resolution, an image has F = 1."""
+    """The unit speaks about these places; mask: [B, U, F, H, W] in [0, 1], an image has F = 1."""
 
     mask: Tensor
 
@@ -167,8 +172,8 @@ Where = Whole | Spans | Masks | Steps
 class RewardSignal:
     """One reward model's verdict on a batch, at the grain in which the model speaks.
 
-    values: [B, U] float. valid: [B, U] bool, False where there is no verdict (None: all valid). A value that is not
-    finite counts as no verdict. details: one mapping a sample for logs and galleries, or None.
+    values: [B, U] float. valid: [B, U] bool, False where there is no verdict (None: all valid). A value that
+    is not finite counts as no verdict. details: one mapping a sample for logs and galleries, or None.
     """
 
     name: str
@@ -196,8 +201,8 @@ class RewardSignal:
 class Advantage:
     """Credit on the action grid: which way each action should move, and how loudly it speaks.
 
-    values: [K, B, S, *site] or broadcastable to it. weight: [B, S, *site] or broadcastable; sums to 1 over an update
-    of all ranks. names: K.
+    values: [K, B, S, *site] or broadcastable to it. weight: [B, S, *site] or broadcastable; sums to 1 over an
+    update of all ranks. names: K.
     """
 
     values: Tensor
@@ -207,7 +212,7 @@ class Advantage:
 
 @dataclass(frozen=True)
 class Pick:
-    """Some actions of a trajectory that one forward evaluates: action columns[i] of sample rows[i]; both [n] int64."""
+    """Actions that one forward evaluates: action columns[i] of sample rows[i], both [n] int64."""
 
     rows: Tensor
     columns: Tensor
@@ -233,7 +238,7 @@ class Minibatch:
 
 @dataclass(frozen=True)
 class Noised:
-    """Finished samples noised again: x = (1 - sigma) clean + sigma e. x, clean: [n, *latent], sigma broadcastable."""
+    """Samples noised again: x = (1 - sigma) clean + sigma e. x, clean: [n, *latent], sigma broadcastable."""
 
     x: Tensor
     clean: Tensor
@@ -244,9 +249,9 @@ class Noised:
 class Evaluation:
     """How likely the picked actions are now.
 
-    log_prob: [n, *site]. For Gaussian actions also mean [n, *latent], std and step (the time it covers, d > 0)
-    broadcastable to it, and the velocity [n, *latent] that gave the mean. For samples noised again (`Plan.renoise`)
-    log_prob is 0, and there are the velocity and the noised state it was asked at.
+    log_prob: [n, *site]. For Gaussian actions also mean [n, *latent], std and step (the time it covers, d >
+    0) broadcastable to it, and the velocity [n, *latent] that gave the mean. For samples noised again
+    (`Plan.renoise`) log_prob is 0, and there are the velocity and the noised state it was asked at.
     """
 
     log_prob: Tensor

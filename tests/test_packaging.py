@@ -27,7 +27,9 @@ def test_every_folder_with_code_is_packaged():
 @pytest.mark.slow
 def test_the_wheel_holds_one_name_and_every_module_imports_from_it(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    if subprocess.run([sys.executable, "-c", "import setuptools"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [sys.executable, "-c", "import setuptools"], capture_output=True, check=False
+    ).returncode:
         build.remove("--no-build-isolation")
     subprocess.run([*build, "--wheel-dir", str(tmp_path), str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -43,6 +45,12 @@ def test_the_wheel_holds_one_name_and_every_module_imports_from_it(tmp_path):
     assert "mmalign.rewardmodels.jpeg" in modules
     elsewhere = tmp_path / "empty"
     elsewhere.mkdir()
-    code = f"import sys; sys.path.insert(0, {str(site)!r})\nfor m in {modules!r}: __import__(m)\nimport mmalign; print(mmalign.__file__)"
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=elsewhere, capture_output=True, text=True, check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        f"for name in {modules!r}: __import__(name)\n"
+        "import mmalign; print(mmalign.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=elsewhere, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip().startswith(str(site))

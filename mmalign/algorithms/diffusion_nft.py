@@ -1,20 +1,21 @@
 """DiffusionNFT: negative-aware fine-tuning on the forward process (Zheng et al. 2025, arXiv:2509.16117).
 
-Finished samples x0 of the old policy are noised again, x = (1 - t) x0 + t e, and the velocity v learns by flow
-matching: towards a sample in the measure r in which it was good, away from it in the measure 1 - r, the latter through
-the mirror image of v about the old policy's velocity:
+Finished samples x0 of the old policy are noised again, x = (1 - t) x0 + t e, and the velocity v learns by
+flow matching: towards a sample in the measure r in which it was good, away from it in the measure 1 - r, the
+latter through the mirror image of v about the old policy's velocity:
 
     r    = 1/2 + clip(A, -strength, strength) / (2 strength),   A = (R - mean of the group) / std of the batch
     v+   = v_old + beta (v - v_old)        v- = v_old - beta (v - v_old)
     L    = E strength / beta [ r E0(v+) + (1 - r) E0(v-) ]
     E0(u) = |x - t u - x0|^2 / stopgrad(mean |x - t u - x0|)
 
-No likelihood, no noise in sampling, any ODE solver. N samples of T steps cost N T forwards to sample, N S to train at
-S = `times` noise levels each, and N S of the old policy, once more of the reference where kl > 0; twice with guidance.
+No likelihood, no noise in sampling, any ODE solver. N samples of T steps cost N T forwards to sample, N S to
+train at S = `times` noise levels each, and N S of the old policy, once more of the reference where kl > 0;
+twice with guidance.
 
-Noise levels are stratified over the sampler's own schedule; the public code goes through its grid in random order. The
-old policy follows the trained one by eta = min(ramp i, most) after iteration i, the first of the paper's two
-schedules.
+Noise levels are stratified over the sampler's own schedule; the public code goes through its grid in random
+order. The old policy follows the trained one by eta = min(ramp i, most) after iteration i, the first of the
+paper's two schedules.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class DiffusionNFT:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not (self.ramp >= 0 and 0 <= self.most < 1):
-            raise ValueError(f"ramp must not be negative and most lie in [0, 1), got {self.ramp}, {self.most}")
+            raise ValueError(
+                f"ramp must not be negative and most lie in [0, 1), got {self.ramp}, {self.most}"
+            )
         if not self.kl >= 0:
             raise ValueError(f"kl must be 0 or more, got {self.kl}")
 

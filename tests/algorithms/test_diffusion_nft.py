@@ -11,7 +11,7 @@ from mmalign.records import Evaluation, Minibatch, Noised, Outcome, Pick, Plan, 
 
 
 class Free:
-    """A policy whose velocities are free vectors [n, C, h, w], one for each picked action; the old ones stay."""
+    """A policy whose velocities are free vectors [n, C, h, w], one an action; the old ones stay."""
 
     def __init__(self, old: torch.Tensor, state: Noised) -> None:
         self.old, self.live, self.state, self.copies = old, old.clone().requires_grad_(), state, self
@@ -40,13 +40,17 @@ def batch(advantage: torch.Tensor) -> Minibatch:
     n = len(advantage)
     prompts = Prompts(["a"] * n, torch.zeros(n, dtype=torch.int64), torch.arange(n), [{}] * n)
     trajectory = Trajectory(Outcome(prompts, []), torch.zeros(n, 1), torch.ones(n, 1, dtype=torch.bool), {})
-    return Minibatch(trajectory, Pick(torch.arange(n), torch.zeros(n, dtype=torch.int64)), advantage[None], torch.ones(n))
+    return Minibatch(
+        trajectory, Pick(torch.arange(n), torch.zeros(n, dtype=torch.int64)), advantage[None], torch.ones(n)
+    )
 
 
 def test_the_error_of_the_clean_estimate_is_the_scaled_error_of_the_velocity():
     policy, state, target = world()
     miss = (state.sigma * (target - policy.old)).flatten(1)
-    assert_close(x0_error(state, policy.old), miss.square().mean(1) / miss.abs().mean(1), rtol=1e-4, atol=1e-5)
+    assert_close(
+        x0_error(state, policy.old), miss.square().mean(1) / miss.abs().mean(1), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
@@ -88,7 +92,9 @@ def test_it_samples_by_the_ode_and_keeps_no_trajectory():
     assert algorithm.sampler == OLD
 
 
-@pytest.mark.parametrize("wrong", [{"times": 0}, {"beta": 0.0}, {"strength": -1.0}, {"most": 1.0}, {"kl": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"times": 0}, {"beta": 0.0}, {"strength": -1.0}, {"most": 1.0}, {"kl": -1.0}]
+)
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         DiffusionNFT(**wrong)
