@@ -30,7 +30,7 @@ from mmalign.rewardmodels import load as load_reward
 from mmalign.scoring import Scorer, judge
 from mmalign.sde import Noise
 from mmalign.tracking import METRICS, ROLLOUTS, SAMPLES, NoTracker, RunTracker, Tracker
-from mmalign.trainer import AVERAGE, REFERENCE, Algorithm, Trainer
+from mmalign.trainer import AVERAGE, Algorithm, Trainer
 
 CONFIG = "config.yaml"
 OURS = (METRICS, ROLLOUTS, SAMPLES, CONFIG, checkpoints.FOLDER, report.EVALUATION, report.FACTS)
@@ -301,7 +301,7 @@ def derive(
         "denoising steps": f"{found[0][0].steps}, of them stochastic {' or '.join(map(str, actions))}",
         "updates an iteration": f"{updates}, each over {groups // updates} of the groups",
         "forwards an iteration": f"{sample:.0f} to sample, {train:.0f} to train"
-        + (f", {train:.0f} of the reference" if REFERENCE in algorithm.copies else ""),
+        + "".join(f", {train:.0f} of the {name} policy" for name in algorithm.copies),
         "network rows of a forward": f"at most {policy.chunk} to sample, {config.training.batch} to train",
     }
 
@@ -309,7 +309,8 @@ def derive(
 def forwards(plan: Plan, samples: int, groups: int, rows: int) -> tuple[int, int]:
     """Sample-forwards to sample and to train under a plan.
 
-    Members that share their noise are one sample up to their first action and share its forward.
+    Members that share their noise are one sample up to their first action and share its forward, as do
+    completions their first.
     """
     shared = samples - groups if plan.share_noise and plan.sde_steps else 0
     start = plan.sde_steps[0] if plan.sde_steps else 0
@@ -318,5 +319,6 @@ def forwards(plan: Plan, samples: int, groups: int, rows: int) -> tuple[int, int
         for last in [(plan.sde_steps or (-1,))[-1]]
         for stride in plan.strides
     )
+    tail -= len(plan.strides) - 1
     sample = samples * ((plan.sde_steps[-1] + 1 if plan.sde_steps else 0) + tail) - shared * (start + 1)
-    return sample * rows, (samples * len(plan.sde_steps) - shared) * rows
+    return sample * rows, (samples * (len(plan.sde_steps) or plan.renoise) - shared) * rows
