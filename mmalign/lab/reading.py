@@ -141,7 +141,7 @@ def pieces(picture: np.ndarray) -> list[Piece]:
 
 
 def patches(ink: np.ndarray) -> Iterator[np.ndarray]:
-    """A mask for each connected patch, specks left out."""
+    """A mask for each connected patch, specks left out; diagonals connect, as noise breaks thin strokes."""
     labels, _ = ndimage.label(ink, np.ones((3, 3)))
     areas = np.bincount(labels.ravel())
     yield from (labels == label for label in range(1, len(areas)) if areas[label] >= SPECK)

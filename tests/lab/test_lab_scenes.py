@@ -138,6 +138,20 @@ def test_exactly_one_relation_holds_and_turns_into_its_inverse(seed):
     assert list(scene.relations()) == [Relation(0, relation(first, second), 1)]
 
 
+@given(seeds)
+def test_composed_relations_and_places_are_clear(seed):
+    rng = random.Random(seed)
+    task = sample_task(rng, "position")
+    scene = compose(task, rng)
+    if task.relations:
+        first, second = scene.things
+        near, far = sorted((abs(first.x - second.x), abs(first.y - second.y)))
+        assert near <= 0.65 * far
+    else:
+        (only,) = scene.things
+        assert min(only.x, only.y, 64 - only.x, 64 - only.y) <= 22
+
+
 def test_relations_follow_the_larger_offset():
     center = Thing("circle", "red", "small", 32, 32, 7)
     at = {"left of": (10, 40), "right of": (55, 20), "above": (40, 10), "below": (30, 50)}

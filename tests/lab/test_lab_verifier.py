@@ -217,6 +217,8 @@ def test_counting_has_partial_credit(number, soft):
             [thing("circle", "green"), thing("star", "blue", 1)],
             (1 + 0 + 1 + 1 + 1 / 2) / 5,
         ),
+        # one circle is not two, and stands nowhere seen from itself
+        ("a red circle right of a blue circle", [thing("circle")], 2 / 5),
         ("a circle on the right", [thing("circle")], 1 / 2),
         ("a small circle", [thing("circle", size="large")], 1 / 2),
     ],
@@ -299,6 +301,12 @@ def test_things_of_different_color_that_touch_are_read_apart():
     seen = read_scene(render(Scene((Thing("square", "red", "medium", 20, 32, 9.4),
                                     Thing("square", "blue", "medium", 37, 32, 9.4)))))  # fmt: skip
     assert [(t.shape, t.color) for t in seen.things] == [("square", "red"), ("square", "blue")]
+
+
+@pytest.mark.parametrize("radius", [4, 17])
+def test_what_is_far_too_small_or_large_is_a_blob(radius):
+    seen = read_scene(render(Scene((Thing("circle", "red", "medium", 32, 32, radius),))))
+    assert [(t.shape, t.color) for t in seen.things] == [("blob", "red")]
 
 
 def test_half_a_thing_is_a_blob():
