@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -48,8 +45,7 @@ def test_a_loss_in_parts_has_the_gradient_of_the_whole():
     assert not torch.equal(before, model.weight)
 
 
-@pytest.mark.slow
-def test_accelerate_is_imported_by_one_module_and_only_when_it_is_used():
+def test_accelerate_is_imported_by_one_module():
     found = [
         path.relative_to(ROOT).as_posix()
         for folder in ("mmalign", "pipelines", "rewardmodels")
@@ -57,5 +53,3 @@ def test_accelerate_is_imported_by_one_module_and_only_when_it_is_used():
         if any(line.strip().startswith(("import accelerate", "from accelerate")) for line in path.open())
     ]
     assert found == ["mmalign/distributed.py"]
-    code = "import sys, mmalign.trainer, mmalign.algorithms.flow_grpo; sys.exit('accelerate' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
