@@ -71,7 +71,7 @@ def make(run_dir: Path, iterations: int) -> Trainer:
 
 
 def arm(run: Trainer, when: str) -> None:
-    """Let the run be killed in its third iteration from here, in its next checkpoint or after its next row."""
+    """Let the run be killed in its third iteration from here, its next checkpoint or after its next row."""
     reward = run.scorer.rewards[0]
     assert isinstance(reward, Learned)
     if when == "in a reward":
