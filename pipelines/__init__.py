@@ -33,12 +33,23 @@ def load(
     if settings.precision not in DTYPES:
         raise ValueError(f"policy.precision must be one of {', '.join(DTYPES)}, got {settings.precision!r}")
     module, _, name = ADAPTERS[pipeline_class(settings.model)].partition(":")
+    if Path(settings.model).expanduser().is_dir():
+        hide_bars()
     family = getattr(importlib.import_module(module), name)
     try:
         adapter: FlowAdapter = family(settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {settings.model} does not load as a pipeline: {error}") from error
     return FlowPolicy(adapter, settings, noise, device, by_site=by_site, chunk=chunk, seed=seed)
+
+
+def hide_bars() -> None:
+    """No progress bars: a folder loads in seconds. Downloads keep theirs."""
+    from diffusers.utils.logging import disable_progress_bar as hide_diffusers
+    from transformers.utils.logging import disable_progress_bar as hide_transformers
+
+    hide_diffusers()
+    hide_transformers()
 
 
 def pipeline_class(model: str) -> str:
