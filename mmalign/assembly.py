@@ -62,6 +62,9 @@ class Run:
         if main:
             self._facts()
         self.trainer.run()
+        if self.trainer.iteration < self.config.training.iterations:
+            self.tracker.close()  # it was told to stop, and should be quick about it
+            return {}
         self._evaluate(report.TRAINED, self.trainer.iteration)
         if self.config.evaluation.average and AVERAGE in self.policy.copies:
             with self.policy.copies.use(AVERAGE):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+STOPPED = 143  # as a shell says of a process that SIGTERM ended
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -19,7 +20,7 @@ class Refused(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 done, 1 the run failed, 2 it could not start."""
+    """Run a command; 0: done, 1: the run failed, 2: it could not start, 143: it was stopped and can go on."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser(wants_help=any(a in ("-h", "--help") for a in given)).parse_args(given)
     run: Command = options.command
@@ -121,6 +122,9 @@ def add_overrides(part: argparse.ArgumentParser) -> None:
 def add_subject(part: argparse.ArgumentParser) -> None:
     part.add_argument("subject", help="folder of a run, a checkpoint, a model, or (evaluate) of images")
     part.add_argument(
+        "--lora", metavar="FOLDER", help="trained weights over a plain model, as a checkpoint holds them"
+    )
+    part.add_argument(
         "--prompts", metavar="FILE|TEXT", help="prompt file, or one prompt (default: held-out prompts)"
     )
     part.add_argument(
@@ -168,6 +172,11 @@ def train_command(options: argparse.Namespace) -> int:
         return 1
     finally:
         run.distributed.close()
+    if run.trainer.iteration < config.training.iterations:
+        print(
+            f"\nstopped after {run.trainer.iteration} iterations; the same command goes on", file=sys.stderr
+        )
+        return STOPPED
     if result:
         print(result_text(result, folder))
     return 0
@@ -202,7 +211,9 @@ def result_text(result: dict[str, Any], folder: Path) -> str:
 def sample_command(options: argparse.Namespace) -> int:
     from mmalign import grids, subjects
 
-    subject = early(lambda: subjects.open_subject(options.subject, options.overrides, options.rewards))
+    subject = early(
+        lambda: subjects.open_subject(options.subject, options.overrides, options.rewards, options.lora)
+    )
     shown = early(lambda: subjects.draw_all(subject, options))
     out = Path(options.out) if options.out else subject.place / "grid.png"
     title = f"{subject.name}: before and after" if len(shown) > 1 else subject.name

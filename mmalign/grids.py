@@ -135,8 +135,8 @@ h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 2rem 0 .5rem; font-weight
 .panels { display: flex; flex-wrap: wrap; gap: 1rem 2rem }
 .panel > b { font-weight: 500; color: #71717a; font-size: .85rem }
 .row { display: flex; flex-wrap: wrap; gap: 8px }
-figure { margin: 0 } img { width: 160px; image-rendering: pixelated; border-radius: 4px; display: block }
-figcaption { color: #71717a; font-size: .8rem; max-width: 160px; white-space: pre-line }
+figure { margin: 0 } img { width: 192px; image-rendering: pixelated; border-radius: 4px; display: block }
+figcaption { color: #71717a; font-size: .8rem; max-width: 192px; white-space: pre-line }
 """
 
 

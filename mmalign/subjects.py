@@ -69,7 +69,9 @@ class Subject:
         return [BEFORE, AFTER] if self.trained else [BEFORE]
 
 
-def open_subject(path: str, overrides: Sequence[str] = (), rewards: Sequence[str] | None = None) -> Subject:
+def open_subject(
+    path: str, overrides: Sequence[str] = (), rewards: Sequence[str] | None = None, lora: str | None = None
+) -> Subject:
     """What lies at `path`; settings come from the run it belongs to, with `section.field=value` over them."""
     place = Path(path)
     given = named_rewards(rewards)
@@ -86,7 +88,9 @@ def open_subject(path: str, overrides: Sequence[str] = (), rewards: Sequence[str
             )
         policy = section("policy", raw, COMMAND_LINE, PolicySettings)
         settings = section("evaluation", raw, COMMAND_LINE, EvaluationSettings)
-        return Subject(place.name, Path(), policy, settings, given or {}, None, None)
+        return Subject(place.name, Path(), policy, settings, given or {}, None, Path(lora) if lora else None)
+    if lora:
+        raise ConfigError(f"--lora goes over a plain model; {path} brings weights of its own")
     run, trained = run_of(place)
     config: RunConfig = load_config(run / "config.yaml", overrides)
     name = run.name if trained is None else f"{run.name}, {trained.name.replace('_', ' ')}"
@@ -187,7 +191,7 @@ def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]
             raise ConfigError(
                 f"{COMMAND_LINE}: a folder of images has no settings, got {' '.join(options.overrides)}"
             )
-        for name in ("prompts", "count", "seeds", "steps", "compare"):
+        for name in ("lora", "prompts", "count", "seeds", "steps", "compare"):
             if getattr(options, name):
                 raise ConfigError(
                     f"a folder of images brings prompts and pictures of its own; it takes no --{name}"
@@ -196,7 +200,7 @@ def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]
         if not given:
             raise ConfigError("a folder of images needs --rewards NAME [NAME ...] to be scored by")
         return {"images": score_images(place, make(given))}
-    subject = open_subject(path, options.overrides, options.rewards)
+    subject = open_subject(path, options.overrides, options.rewards, options.lora)
     if not subject.rewards:
         raise ConfigError("a plain model brings no rewards: name them by --rewards NAME [NAME ...]")
     prompts = chosen_prompts(options.prompts, subject.prompts)

@@ -94,7 +94,8 @@ class RunTracker:
             for name, value in metrics.items():
                 self._writer().add_scalar(name, float(value), step)
         if self._wandb is not None:
-            self._wandb.log({name: float(value) for name, value in metrics.items()}, step=step)
+            # Pictures are drawn after the iteration and logged before its numbers; steps must not go back.
+            self._wandb.log({name: float(value) for name, value in metrics.items()}, step=step + 1)
         self._console.log(step, metrics)
 
     def rollouts(self, step: int, rows: Iterable[Mapping[str, object]]) -> None:
@@ -193,17 +194,18 @@ class Console:
     def __init__(self, iterations: int | None = None, every: float = 10.0) -> None:
         self._iterations, self._every = iterations, every
         self._live = sys.stderr.isatty()
-        self._said, self._began, self._first = 0.0, time.monotonic(), -1
+        self._said = self._spent = 0.0
+        self._count = 0
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if self._first < 0:
-            self._first = step
+        self._count += 1
+        self._spent += metrics.get("seconds/iteration", 0.0)
         last = self._iterations is not None and step + 1 >= self._iterations
         if not (self._live or last or now - self._said >= self._every):
             return
         self._said = now
-        text = line(step, metrics, self._iterations, (now - self._began) / (step - self._first + 1))
+        text = line(step, metrics, self._iterations, self._spent / self._count)
         print(
             f"\r\x1b[K{text}" if self._live else text,
             end="" if self._live and not last else "\n",

@@ -1,7 +1,9 @@
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -173,6 +175,33 @@ def timeless(folder):
     ]
 
 
+def test_a_run_that_is_told_to_stop_can_go_on(tmp_path, capsys):
+    folder = tmp_path / "run"
+
+    def stop():
+        while not read(folder / "metrics.jsonl"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    arguments = [
+        "train",
+        "--config",
+        RECIPE,
+        *small(folder, "training.iterations=200", "evaluation.grid_every=0"),
+    ]
+    assert main(arguments) == 143
+    thread.join()
+    done = len(read(folder / "metrics.jsonl"))
+    assert 0 < done < 200
+    assert f"stopped after {done} iterations; the same command goes on" in capsys.readouterr().err
+    assert (folder / f"checkpoints/step_{done:06d}/manifest.json").is_file()
+    assert not (folder / "report.json").exists()
+    assert main([*arguments, f"training.iterations={done + 1}"]) == 0
+    assert [row["step"] for row in read(folder / "metrics.jsonl")] == list(range(done + 1))
+
+
 def started(folder, *more, launcher=()):
     command = [sys.executable, *launcher, "scripts/train.py", "--config", RECIPE, *small(folder, *more)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -237,6 +266,13 @@ def test_a_plain_model_is_sampled_on_one_prompt(tmp_path):
     assert out.with_suffix(".html").read_text().count("<figure>") == 1
 
 
+def test_a_plain_model_takes_trained_weights(run, tmp_path):
+    out, weights = tmp_path / "two.png", run / "checkpoints" / "step_000002"
+    more = ["--lora", str(weights), "--steps", "2", "--seeds", "1", "--out", str(out)]
+    assert main(["sample", str(tiny()), "--prompts", "a red circle", *more]) == 0
+    assert out.with_suffix(".html").read_text().count("<figure>") == 2
+
+
 def test_a_checkpoint_is_scored_against_its_base(run, tmp_path, capsys):
     out = tmp_path / "scores.json"
     checkpoint = run / "checkpoints" / "step_000002"
@@ -287,12 +323,14 @@ def test_images_are_scored_by_their_metadata(tmp_path):
         ("{tiny}", ["--rewards", "lab"], "a plain model brings no prompts"),
         ("{tiny}", ["--rewards", "labb"], "did you mean 'lab'?"),
         ("{tmp}/images", [], "needs --rewards"),
+        ("{tiny}", ["--rewards", "lab", "--prompts", "a star", "--lora", "{tmp}"], "there are no weights of this policy"),
         ("{tmp}/images", ["--rewards", "lab", "--prompts", "x"], "takes no --prompts"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(subject, more, message, tmp_path, capsys):
     folder_of_images(tmp_path / "images", ["a.png"])
-    said = refused(capsys, "evaluate", subject.format(tmp=tmp_path, tiny=tiny()), *more)
+    given = [text.format(tmp=tmp_path, tiny=tiny()) for text in (subject, *more)]
+    said = refused(capsys, "evaluate", *given)
     assert message in said
 
 

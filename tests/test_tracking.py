@@ -5,7 +5,7 @@ import math
 import pytest
 from PIL import Image
 
-from mmalign.tracking import METRICS, NoTracker, RunTracker, Tracker, line, read, start_wandb
+from mmalign.tracking import METRICS, Console, NoTracker, RunTracker, Tracker, line, read, start_wandb
 
 
 def tracker(folder, **settings):
@@ -89,6 +89,16 @@ def test_missing_wandb_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'mmalign\[wandb\]'.*WANDB_MODE=offline"):
         start_wandb("project", tmp_path, {})
+
+
+def test_the_console_tells_the_mean_time_of_an_iteration(capsys):
+    console = Console(3, every=0.0)
+    for step, seconds in enumerate((1.0, 3.0)):
+        console.log(step, {"seconds/iteration": seconds})
+    assert capsys.readouterr().err.splitlines() == [
+        "iteration 1/3  1.0 s each  0:02 left",
+        "iteration 2/3  2.0 s each  0:02 left",
+    ]
 
 
 def test_the_console_line_shows_rewards_and_what_is_left():
