@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmalign.lab.pretrain_data import Captioned
-from mmalign.lab.pretrain_flow import FlowSize, assemble, build_transformer, save_pipeline, train_flow
+from mmalign.lab.pretrain_flow import FlowSize, Guided, assemble, build_transformer, save_pipeline, train_flow
 from mmalign.lab.pretrain_loop import Schedule
 from mmalign.lab.pretrain_text import (
     TextSize,
@@ -35,13 +35,15 @@ class Pretraining:
     vae_lr: float = 2e-3
     flow: FlowSize = field(default_factory=FlowSize)
     text: TextSize = field(default_factory=TextSize)
-    flow_steps: int = 3000  # raise it for a better model; the gain comes in the last `flow_decay` steps
-    flow_decay: int = 900
+    flow_steps: int = 4600  # raise it for a better model; the gain comes in the last `flow_decay` steps
+    flow_decay: int = 930
     flow_batch: int = 64
     flow_lr: float = 2e-3
+    guided: float = 2.5  # guidance to learn; raise it for cleaner pictures, 1 keeps all their variety
+    guided_start: int = 3900  # the step it is learned from
     shift: float = 1.0  # of the sampler; raise it for larger pictures
     seed: int = 0
-    save_every: int = 400
+    save_every: int = 300
 
 
 def pretrain(
@@ -85,6 +87,7 @@ def pretrain(
     train_flow(
         modules, latents, ids, empty, out, schedule,
         config.flow_batch, config.flow_lr, config.seed, config.save_every, snapshot,
+        Guided(config.guided, config.guided_start),
     )  # fmt: skip
     save_pipeline(pipeline, out / "pipeline")
 
@@ -111,7 +114,7 @@ def _remember(config: Pretraining, data: Captioned, out: Path) -> None:
     file = out / "pretraining.json"
     if file.exists():
         before = json.loads(file.read_text())
-        free = ("flow_steps", "flow_decay", "save_every", "shift")
+        free = ("flow_steps", "flow_decay", "guided", "guided_start", "save_every", "shift")
         changed = [key for key in now if now[key] != before.get(key) and key not in free]
         if changed:
             raise ValueError(f"{out}: was begun with other settings of {changed}: use another --out")

@@ -62,22 +62,52 @@ def flow_optimizers(modules: Mapping[str, nn.Module], lr: float) -> list[torch.o
     return [Muon(matrices, lr, decay=0.01), adam]
 
 
+Text = tuple[Tensor, Tensor]  # embeddings [B, tokens, width] and pooled embeddings [B, width], see `encode`
+
+
 def velocity_error(
-    transformer: nn.Module, latents: Tensor, text: tuple[Tensor, Tensor], generator: torch.Generator
+    transformer: nn.Module,
+    latents: Tensor,
+    text: Text,
+    generator: torch.Generator,
+    guidance: float = 1.0,
+    no_text: Text | None = None,
 ) -> Tensor:
-    """Squared error [B] of the velocity at one logit-normal time for each latent [B, C, h, w]."""
+    """Squared error [B] of the velocity at one logit-normal time for each latent [B, C, h, w].
+
+    With guidance g > 1 the target leads away from the velocity without text (model guidance, Tang et al.
+    2025, arXiv:2502.12154): what is learned is the velocity that guidance g would give. It needs `no_text`.
+    """
     sigma = torch.randn(len(latents), generator=generator).sigmoid()
     noise = torch.randn(latents.shape, generator=generator)
     noised = latents.lerp(noise, sigma[:, None, None, None])
-    velocity = transformer(
-        hidden_states=noised,
-        encoder_hidden_states=text[0],
-        pooled_projections=text[1],
-        timestep=1000 * sigma,
-        return_dict=False,
-    )[0]
-    error: Tensor = velocity - (noise - latents)
-    return error.square().mean((1, 2, 3))
+
+    def velocity(text: Text) -> Tensor:
+        found: Tensor = transformer(
+            hidden_states=noised,
+            encoder_hidden_states=text[0],
+            pooled_projections=text[1],
+            timestep=1000 * sigma,
+            return_dict=False,
+        )[0]
+        return found
+
+    predicted, target = velocity(text), noise - latents
+    if guidance > 1:
+        if no_text is None:
+            raise ValueError(f"velocity_error: guidance {guidance} needs the embeddings of the empty prompt")
+        with torch.no_grad():
+            # v = u + w (v - v0) has the solution v0 + (u - v0) / (1 - w); where text was dropped, v is v0.
+            target = target + (1 - 1 / guidance) * (predicted - velocity(no_text))
+    return (predicted - target).square().mean((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Guidance that the model itself learns, from a step on."""
+
+    scale: float = 1.0
+    start: int = 0
 
 
 def train_flow(
@@ -92,6 +122,7 @@ def train_flow(
     seed: int,
     save_every: int,
     on_save: Callable[[int], None],
+    guided: Guided,
     dropped: float = 0.1,
 ) -> None:
     """Trains the transformer and the text encoders in place.
@@ -103,11 +134,17 @@ def train_flow(
     for module in modules.values():
         module.train()
 
-    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         picked = torch.randint(len(latents), (batch,), generator=generator)
         drop = torch.rand(batch, generator=generator) < dropped
         text = encode(encoders, torch.where(drop[:, None, None], empty, ids[picked]))
-        return velocity_error(modules["transformer"], latents[picked].float(), text, generator).mean(), {}
+        scale, no_text = 1.0, None
+        if guided.scale > 1 and step >= guided.start:
+            with torch.no_grad():
+                embedded, pooled = encode(encoders, empty[None])
+            scale, no_text = guided.scale, (embedded.expand(batch, -1, -1), pooled.expand(batch, -1))
+        error = velocity_error(modules["transformer"], latents[picked], text, generator, scale, no_text)
+        return error.mean(), {}
 
     optimizers = flow_optimizers(modules, lr)
     Stage("flow", folder, modules, optimizers, schedule, loss, seed, save_every=save_every).run(on_save)

@@ -103,7 +103,7 @@ class Average:
 class Stage:
     """One training: what learns, how, and where its state lives.
 
-    `loss(generator)` gives the loss and the numbers to log; all its randomness comes from the generator. That
+    `loss(step, generator)` gives the loss and the numbers to log, all its randomness from the generator. That
     is keyed by seed, stage and step, so that a continued run draws what an uninterrupted one would have.
     """
 
@@ -112,7 +112,7 @@ class Stage:
     modules: Mapping[str, nn.Module]
     optimizers: Sequence[torch.optim.Optimizer]
     schedule: Schedule
-    loss: Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
+    loss: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
     seed: int = 0
     ema: float = 0.997
     save_every: int = 250
@@ -142,7 +142,7 @@ class Stage:
                 for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * factor
-                loss, numbers = self.loss(keyed(self.seed, self.name, step))
+                loss, numbers = self.loss(step, keyed(self.seed, self.name, step))
                 loss.backward()  # type: ignore[no-untyped-call]
                 norm = nn.utils.clip_grad_norm_(parameters, self.clip, error_if_nonfinite=True)
                 for optimizer in self.optimizers:

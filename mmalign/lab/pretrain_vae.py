@@ -43,7 +43,7 @@ def train_vae(
     """Trains the autoencoder in place on pictures uint8 [N, H, W, 3], and normalizes its latents."""
     vae.train().to(memory_format=torch.channels_last)  # twice as fast on CPU at these widths
 
-    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         picked = torch.randint(len(pictures), (batch,), generator=generator)
         pixels = as_pixels(pictures[picked]).contiguous(memory_format=torch.channels_last)
         latents = vae.encode(pixels).latent_dist

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from mmalign.lab import vocabulary
 from mmalign.lab.pretrain import Pretraining, pretrain
 from mmalign.lab.pretrain_data import Captioned, draw_lab, read_captioned
-from mmalign.lab.pretrain_flow import FlowSize, sample
+from mmalign.lab.pretrain_flow import FlowSize, sample, velocity_error
 from mmalign.lab.pretrain_loop import Muon, Schedule, Stage, orthogonalize
 from mmalign.lab.pretrain_text import (
     ENCODERS,
@@ -173,7 +173,7 @@ def test_a_stage_continues_exactly(tmp_path: Path):
             model = nn.Linear(3, 3)
             optimizers = [Muon([model.weight], 0.1), torch.optim.AdamW([model.bias], 0.1)]
 
-            def loss(generator: torch.Generator, model: nn.Linear = model):
+            def loss(step: int, generator: torch.Generator, model: nn.Linear = model):
                 return model(torch.randn(4, 3, generator=generator)).square().mean(), {}
 
             schedule = Schedule(steps, warmup=1, decay=0)
@@ -274,6 +274,27 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
         values = torch.linalg.svdvals(found)
         assert values.min() > 0.5
         assert values.max() < 1.3
+
+
+class Told(nn.Module):
+    """Its velocity is its pooled text."""
+
+    def forward(self, hidden_states, encoder_hidden_states, pooled_projections, timestep, return_dict):
+        return (pooled_projections,)
+
+
+def test_the_guided_velocity_has_no_error():
+    latents, alone = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
+    draws = torch.Generator().manual_seed(0)
+    torch.randn(2, generator=draws)  # the times
+    velocity = torch.randn(latents.shape, generator=draws) - latents
+
+    def error(answer: torch.Tensor) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(0)
+        return velocity_error(Told(), latents, (answer, answer), draws, 2.5, (alone, alone))
+
+    assert_close(error(alone + 2.5 * (velocity - alone)), torch.zeros(2))
+    assert error(velocity).min() > 0.01
 
 
 def test_muon_follows_torch():
