@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from runs import ROOT, small, tiny
 
-from mmalign.cli import main
+from mmalign.cli import main, parse
 from mmalign.tracking import read
 
 RECIPE = str(ROOT / "assets/recipes/lab_flow_grpo_fast.yaml")
@@ -100,6 +100,31 @@ def test_bad_input_is_refused_before_any_training(overrides, message, tmp_path, 
 def test_debug_shows_where_an_error_came_from(capsys):
     assert main(["train", "--debug", "--config", RECIPE, "policy.model=nowhere"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_settings_may_stand_anywhere_on_the_line():
+    given = [
+        "run.dir=x",
+        "out",
+        "--rewards",
+        "lab={measure: mix}",
+        "policy.guidance=2",
+        "--seeds",
+        "2",
+        "run.wandb=",
+    ]
+    options = parse(["sample", *given])
+    assert options.overrides == ["run.dir=x", "policy.guidance=2", "run.wandb="]
+    assert (options.subject, options.rewards, options.seeds) == ("out", ["lab={measure: mix}"], 2)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["report", "x", "run.dir=y"], ["train", "--config", "x", "--iterations", "3"]]
+)
+def test_what_no_command_knows_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(wrong)
+    assert "error: " in capsys.readouterr().err
 
 
 def test_help_explains_every_setting(capsys):
@@ -323,7 +348,11 @@ def test_images_are_scored_by_their_metadata(tmp_path):
         ("{tiny}", ["--rewards", "lab"], "a plain model brings no prompts"),
         ("{tiny}", ["--rewards", "labb"], "did you mean 'lab'?"),
         ("{tmp}/images", [], "needs --rewards"),
-        ("{tiny}", ["--rewards", "lab", "--prompts", "a star", "--lora", "{tmp}"], "there are no weights of this policy"),
+        (
+            "{tiny}",
+            ["--rewards", "lab", "--prompts", "a star", "--lora", "{tmp}"],
+            "there are no weights of this policy",
+        ),
         ("{tmp}/images", ["--rewards", "lab", "--prompts", "x"], "takes no --prompts"),
     ],
 )
