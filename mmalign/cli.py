@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+OVERRIDE = re.compile(r"(policy|prompts|rewards|algorithm|training|evaluation|run)[\w.:]*=")
 STOPPED = 143  # as a shell says of a process that SIGTERM ended
 Command = Callable[[argparse.Namespace], int]
 
@@ -22,7 +24,7 @@ class Refused(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0: done, 1: the run failed, 2: it could not start, 143: it was stopped and can go on."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser(wants_help=any(a in ("-h", "--help") for a in given)).parse_args(given)
+    options = parse(given)
     run: Command = options.command
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -37,6 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def parse(given: Sequence[str]) -> argparse.Namespace:
+    """Options of a command; overrides may stand anywhere among them."""
+    top = parser(wants_help=any(a in ("-h", "--help") for a in given))
+    overrides = [a for a in given if OVERRIDE.match(a)]
+    options, rest = top.parse_known_args([a for a in given if a not in overrides])
+    if rest:
+        top.error(f"what does {' '.join(rest)} mean? Settings are written section.field=value")
+    if overrides and not hasattr(options, "overrides"):
+        top.error(f"this command has no settings, got {' '.join(overrides)}")
+    options.overrides = [*getattr(options, "overrides", []), *overrides]
+    return options
 
 
 def early(make: Callable[[], Any]) -> Any:
