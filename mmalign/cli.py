@@ -233,7 +233,11 @@ def sample_command(options: argparse.Namespace) -> int:
     out = Path(options.out) if options.out else subject.place / "grid.png"
     title = f"{subject.name}: before and after" if len(shown) > 1 else subject.name
     prompts = next(iter(shown.values())).prompts
-    written = early(lambda: grids.write(out, prompts, [s.panel(n) for n, s in shown.items()], title))
+    written = early(
+        lambda: grids.write(
+            out, prompts, [s.panel(side if len(shown) > 1 else "") for side, s in shown.items()], title
+        )
+    )
     print("\n".join(map(str, written)))
     return 0
 
