@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Spinning threads stall each other when cores are few; see docs/performance in README.
+# Spinning threads stall each other when cores are few (README, "On few cores").
 export GOMP_SPINCOUNT ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
