@@ -21,7 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 from mmalign.lab.pretrain import Pretraining, pretrain
 from mmalign.lab.pretrain_data import draw_lab, read_captioned
 
-LAB_SCENES = 40_000  # drawn for training; each is seen about five times
+LAB_SCENES = 100_000  # drawn for training; each is seen about five times
 SCORED_IMAGES = 2  # of each held-out prompt, at every snapshot
 
 
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
         "--data", type=Path, help="folder with metadata.jsonl or .tar shards; without, the lab"
     )
     for field in fields(Pretraining):
-        if isinstance(field.default, int | float):
+        if isinstance(field.default, int | float | str):
             kind, default = type(field.default), field.default
             parser.add_argument(
                 "--" + field.name.replace("_", "-"), type=kind, default=default, help=str(default)

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from mmalign.lab.pretrain_data import Captioned
-from mmalign.lab.pretrain_flow import FlowSize, Guided, assemble, build_transformer, save_pipeline, train_flow
+from mmalign.lab.pretrain_flow import (
+    FlowSize,
+    Guided,
+    Naming,
+    assemble,
+    build_transformer,
+    save_pipeline,
+    train_flow,
+)
 from mmalign.lab.pretrain_loop import Schedule
 from mmalign.lab.pretrain_text import (
     TextSize,
@@ -41,6 +49,8 @@ class Pretraining:
     flow_lr: float = 2e-3
     guided: float = 2.5  # guidance to learn; raise it for cleaner pictures, 1 keeps all their variety
     guided_start: int = 3900  # the step it is learned from
+    naming: float = 0.2  # weight of saying what each place shows, where the data knows; 0 leaves it out
+    precision: str = "fp32"  # bf16 halves the time where the processor computes in it, else it is far slower
     shift: float = 1.0  # of the sampler; raise it for larger pictures
     seed: int = 0
     save_every: int = 300
@@ -88,6 +98,7 @@ def pretrain(
         modules, latents, ids, empty, out, schedule,
         config.flow_batch, config.flow_lr, config.seed, config.save_every, snapshot,
         Guided(config.guided, config.guided_start),
+        Naming(config.naming if data.layout is not None else 0.0, data.layout), config.precision,
     )  # fmt: skip
     save_pipeline(pipeline, out / "pipeline")
 
@@ -114,7 +125,7 @@ def _remember(config: Pretraining, data: Captioned, out: Path) -> None:
     file = out / "pretraining.json"
     if file.exists():
         before = json.loads(file.read_text())
-        free = ("flow_steps", "flow_decay", "guided", "guided_start", "save_every", "shift")
+        free = ("flow_steps", "flow_decay", "guided", "guided_start", "save_every", "shift", "precision")
         changed = [key for key in now if now[key] != before.get(key) and key not in free]
         if changed:
             raise ValueError(f"{out}: was begun with other settings of {changed}: use another --out")

@@ -5,20 +5,23 @@ The lists in the repository were written by `python -m mmalign.lab.prompts asset
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from mmalign.lab.grammar import write_prompt
 from mmalign.lab.tasks import CATEGORIES, MIX, sample_task
 
-TRAIN, HELD_OUT = 2000, 105
+TRAIN, HELD_OUT, VALIDATION = 2000, 105, 105
 PATIENCE = 400  # draws without a new prompt after which a category is taken to be exhausted
 
 
-def list_prompts(count: int, split: str, shares: Mapping[str, float], seed: int = 0) -> list[str]:
+def list_prompts(
+    count: int, split: str, shares: Mapping[str, float], seed: int = 0, without: Container[str] = ()
+) -> list[str]:
     """`count` different prompts of a split in random order, the categories in proportion to `shares`.
 
     A category with too few prompts gives all it has, and the others fill up: there are 18 single objects.
+    `without`: prompts that must not be among them.
     """
     rng = random.Random(f"prompts {split} {seed}")
     found: dict[str, dict[str, None]] = {category: {} for category in shares}
@@ -32,7 +35,7 @@ def list_prompts(count: int, split: str, shares: Mapping[str, float], seed: int 
         category = min(open_, key=lambda name: (len(found[name]) + 1) / shares[name])
         known = found[category]
         fresh = (write_prompt(sample_task(rng, category, split)) for _ in range(PATIENCE))
-        prompt = next((prompt for prompt in fresh if prompt not in known), None)
+        prompt = next((prompt for prompt in fresh if prompt not in known and prompt not in without), None)
         if prompt is None:
             open_.remove(category)
         else:
@@ -52,10 +55,21 @@ def held_out_prompts(count: int = HELD_OUT) -> list[str]:
     return list_prompts(count, "heldout", dict.fromkeys(CATEGORIES, 1.0))
 
 
+def validation_prompts(count: int = VALIDATION) -> list[str]:
+    """Prompts of the training split that are not trained on: to choose settings by, so that nothing is chosen
+    by the held-out ones. As many of every category as there are or as the others have."""
+    shares = dict.fromkeys(CATEGORIES, 1.0)
+    return list_prompts(count, "train", shares, seed=1, without=frozenset(train_prompts()))
+
+
 def write_lists(folder: Path) -> None:
-    """Writes train.txt and heldout.txt, a prompt on each line; `parse` recovers the task from it."""
+    """Writes train.txt, validation.txt and heldout.txt, a prompt on each line; `parse` recovers its task."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, prompts in (("train", train_prompts()), ("heldout", held_out_prompts())):
+    for name, prompts in (
+        ("train", train_prompts()),
+        ("validation", validation_prompts()),
+        ("heldout", held_out_prompts()),
+    ):
         (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
 
 

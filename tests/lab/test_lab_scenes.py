@@ -31,7 +31,7 @@ from mmalign.lab.heldout import (
     canonical,
     shows_held_out,
 )
-from mmalign.lab.prompts import held_out_prompts, list_prompts, train_prompts
+from mmalign.lab.prompts import held_out_prompts, list_prompts, train_prompts, validation_prompts
 from mmalign.lab.scenes import (
     BACKGROUND,
     COLORS,
@@ -235,14 +235,17 @@ def test_the_same_seed_draws_the_same_pair():
 
 def test_the_lists_in_the_repository_are_the_ones_we_would_write():
     assert (LISTS / "train.txt").read_text().splitlines() == train_prompts()
+    assert (LISTS / "validation.txt").read_text().splitlines() == validation_prompts()
     assert (LISTS / "heldout.txt").read_text().splitlines() == held_out_prompts()
 
 
 def test_the_lists_keep_the_splits_apart():
-    train, held_out = train_prompts(), held_out_prompts()
+    train, held_out, validation = train_prompts(), held_out_prompts(), validation_prompts()
     assert len(set(train)) == len(train) == 2000
     assert len(set(held_out)) == len(held_out) == 105
-    assert not any(parse(prompt).held_out for prompt in train)
+    assert len(set(validation)) == len(validation) == 105
+    assert not set(validation) & set(train)
+    assert not any(parse(prompt).held_out for prompt in [*train, *validation])
     assert all(parse(prompt).held_out for prompt in held_out)
     assert Counter(parse(prompt).category for prompt in held_out) == {
         **dict.fromkeys(CATEGORIES, 17),

@@ -166,6 +166,16 @@ def test_an_interrupted_pretraining_continues(finished: Path, data: Captioned, t
     assert losses(tmp_path) == pytest.approx(losses(finished), abs=1e-5)
 
 
+def test_half_precision_trains_full_precision_weights(data: Captioned, tmp_path: Path):
+    layout = torch.randint(0, 7, (4, 2, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    pretrain(replace(TINY, precision="bf16"), replace(data, layout=layout), tmp_path)
+    saved = weights(load(tmp_path / "pipeline"))
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
+    rows = [json.loads(line) for line in (tmp_path / "flow.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["velocity"] + TINY.naming * row["naming"], rel=1e-5)
+
+
 def test_a_stage_continues_exactly(tmp_path: Path):
     def weight_after(folder: Path, *stops: int) -> torch.Tensor:
         for steps in stops:
