@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, help="folder with metadata.jsonl or .tar shards; without, the lab"
     )
+    parser.add_argument("--start", type=Path, help="a pipeline of this script whose flow is trained further")
     for field in fields(Pretraining):
         if isinstance(field.default, int | float | str):
             kind, default = type(field.default), field.default
@@ -80,10 +81,11 @@ def main() -> None:
     config = settings(chosen)
     if chosen.data is None:
         data = draw_lab(LAB_SCENES, config.seed)
-        pretrain(config, data, chosen.out, partial(score_snapshot, out=chosen.out))
+        pretrain(config, data, chosen.out, partial(score_snapshot, out=chosen.out), chosen.start)
     else:
         data = read_captioned(chosen.data, config.size)
-        pretrain(config, data, chosen.out, partial(sheet_snapshot, out=chosen.out, captions=data.captions))
+        sheet = partial(sheet_snapshot, out=chosen.out, captions=data.captions)
+        pretrain(config, data, chosen.out, sheet, chosen.start)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from mmalign.lab.pretrain_data import Captioned
 from mmalign.lab.pretrain_flow import (
     FlowSize,
     Guided,
-    Naming,
     assemble,
     build_transformer,
     save_pipeline,
@@ -22,6 +21,7 @@ from mmalign.lab.pretrain_flow import (
 )
 from mmalign.lab.pretrain_loop import Schedule
 from mmalign.lab.pretrain_text import (
+    ENCODERS,
     TextSize,
     build_encoders,
     clip_tokenizer,
@@ -49,7 +49,6 @@ class Pretraining:
     flow_lr: float = 2e-3
     guided: float = 2.5  # guidance to learn; raise it for cleaner pictures, 1 keeps all their variety
     guided_start: int = 3900  # the step it is learned from
-    naming: float = 0.2  # weight of saying what each place shows, where the data knows; 0 leaves it out
     precision: str = "fp32"  # bf16 halves the time where the processor computes in it, else it is far slower
     shift: float = 1.0  # of the sampler; raise it for larger pictures
     seed: int = 0
@@ -61,20 +60,23 @@ def pretrain(
     data: Captioned,
     out: Path,
     on_snapshot: Callable[[Any, int], None] = lambda pipeline, step: None,
+    start: Path | None = None,
 ) -> None:
     """Trains on the pictures and writes the pipeline folder `out/pipeline`, going on if `out` was begun.
 
-    Every `config.save_every` steps of the flow a complete pipeline goes to `out/snapshots/<step>`, and to
-    `on_snapshot(pipeline, step)`.
+    start: a pipeline that this function wrote, whose tokenizers and autoencoder are kept and whose flow is
+    trained further; its sizes count, not those of `config`. Every `config.save_every` steps of the flow a
+    complete pipeline goes to `out/snapshots/<step>`, and to `on_snapshot(pipeline, step)`.
     """
-    _remember(config, data, out)
-    tokenizers, encoders, vae, transformer = _build(config, data)
+    _remember(config, data, start, out)
+    tokenizers, encoders, vae, transformer = _load(start) if start else _build(config, data)
     vae_folder, latents_file = out / "vae", out / "latents.pt"
     if not vae_folder.exists():
-        train_vae(
-            vae, data.pictures, out,
-            config.vae_steps, config.vae_batch, config.vae_lr, config.seed, config.save_every,
-        )  # fmt: skip
+        if start is None:
+            train_vae(
+                vae, data.pictures, out,
+                config.vae_steps, config.vae_batch, config.vae_lr, config.seed, config.save_every,
+            )  # fmt: skip
         vae.save_pretrained(vae_folder.with_suffix(".partial"))
         vae_folder.with_suffix(".partial").rename(vae_folder)
     # Read back even if it was just trained: the flow then starts from the same bits whenever it starts.
@@ -97,8 +99,7 @@ def pretrain(
     train_flow(
         modules, latents, ids, empty, out, schedule,
         config.flow_batch, config.flow_lr, config.seed, config.save_every, snapshot,
-        Guided(config.guided, config.guided_start),
-        Naming(config.naming if data.layout is not None else 0.0, data.layout), config.precision,
+        Guided(config.guided, config.guided_start), config.precision,
     )  # fmt: skip
     save_pipeline(pipeline, out / "pipeline")
 
@@ -117,11 +118,25 @@ def _build(config: Pretraining, data: Captioned) -> tuple[list[Any], dict[str, n
     return tokenizers, encoders, vae, transformer
 
 
-def _remember(config: Pretraining, data: Captioned, out: Path) -> None:
+def _load(folder: Path) -> tuple[list[Any], dict[str, nn.Module], Any, Any]:
+    """Tokenizers and models of a pipeline that was trained before."""
+    from diffusers import StableDiffusion3Pipeline
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
+    tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2, pipeline.tokenizer_3]
+    return (
+        tokenizers,
+        {name: getattr(pipeline, name) for name in ENCODERS},
+        pipeline.vae,
+        pipeline.transformer,
+    )
+
+
+def _remember(config: Pretraining, data: Captioned, start: Path | None, out: Path) -> None:
     """Writes the settings beside the run, and refuses to go on with others; lengths may change."""
     out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256("\n".join(data.captions).encode() + data.pictures.numpy().tobytes()).hexdigest()
-    now = json.loads(json.dumps({**asdict(config), "data": digest}))
+    now = json.loads(json.dumps({**asdict(config), "data": digest, "start": start and str(start)}))
     file = out / "pretraining.json"
     if file.exists():
         before = json.loads(file.read_text())

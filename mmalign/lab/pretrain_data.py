@@ -18,14 +18,10 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class Captioned:
-    """pictures: uint8 [N, size, size, 3], with one caption each; where it is known, what each place shows.
-
-    layout: uint8 [N, 2, cells, cells], see `mmalign.lab.layout`.
-    """
+    """pictures: uint8 [N, size, size, 3], with one caption each."""
 
     pictures: Tensor
     captions: list[str]
-    layout: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.pictures) != len(self.captions) or not self.captions:
@@ -38,20 +34,12 @@ class Captioned:
         return cls(torch.from_numpy(np.stack([picture for picture, _ in pairs])), [text for _, text in pairs])
 
 
-def draw_lab(count: int, seed: int, cells: int = 8) -> Captioned:
-    """Training scenes of the lab with their prompts and layouts; nothing held out is among them."""
-    from mmalign.lab import compose, render, sample_task, write_prompt
-    from mmalign.lab.layout import layout
+def draw_lab(count: int, seed: int) -> Captioned:
+    """Training scenes of the lab with their prompts; nothing held out is among them."""
+    from mmalign.lab import training_pair
 
     rng = random.Random(f"pretrain {seed}")
-    pictures, prompts, layouts = [], [], []
-    for _ in range(count):
-        task = sample_task(rng)
-        scene = compose(task, rng)
-        pictures.append(render(scene))
-        prompts.append(write_prompt(task))
-        layouts.append(layout(scene, cells))
-    return Captioned(torch.from_numpy(np.stack(pictures)), prompts, torch.from_numpy(np.stack(layouts)))
+    return Captioned.of([training_pair(rng, split="train") for _ in range(count)])
 
 
 def read_captioned(source: Path, size: int, split: str | None = "train") -> Captioned:

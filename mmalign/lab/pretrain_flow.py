@@ -1,22 +1,20 @@
 """Flow matching of an SD3 transformer with its text encoders, and the pipeline folder it ends in."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmalign.lab.layout import KINDS, SHADES
 from mmalign.lab.pretrain_loop import Muon, Schedule, Stage
 from mmalign.lab.pretrain_text import ENCODERS, TextSize, encode
 
-# Tables and last projections.
-OUTER = ("shared", "embedding.", "proj_out", "relative_attention_bias", "kind.", "shade.")
+OUTER = ("shared", "embedding.", "proj_out", "relative_attention_bias")  # tables and the last projection
 
 
 @dataclass(frozen=True)
@@ -51,40 +49,6 @@ def build_transformer(size: FlowSize, text: TextSize, latents: tuple[int, int, i
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
     return transformer
-
-
-class Reader(nn.Module):
-    """Says from the hidden states in the middle of a transformer what each place of the latent will show."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.kind = nn.Linear(width, len(KINDS))
-        self.shade = nn.Linear(width, len(SHADES))
-
-    def forward(self, hidden: Tensor, layout: Tensor) -> Tensor:
-        """Cross-entropy [B] of layouts uint8 [B, 2, h, w]; hidden: [B, h w, width]."""
-        truth = layout.flatten(2).long()
-        said = (self.kind(hidden).float(), self.shade(hidden).float())
-        return torch.stack(
-            [
-                nn.functional.cross_entropy(logits.mT, truth[:, i], reduction="none").mean(1)
-                for i, logits in enumerate(said)
-            ]
-        ).sum(0)
-
-
-@contextmanager
-def middle(transformer: Any) -> Iterator[list[Tensor]]:
-    """Collects the hidden states [B, h w, width] of the picture as each forward passes the middle block."""
-    blocks = transformer.transformer_blocks
-    seen: list[Tensor] = []
-    hook = blocks[(len(blocks) - 1) // 2].register_forward_hook(
-        lambda block, given, states: seen.append(states[1])
-    )
-    try:
-        yield seen
-    finally:
-        hook.remove()
 
 
 def flow_optimizers(modules: Mapping[str, nn.Module], lr: float) -> list[torch.optim.Optimizer]:
@@ -127,7 +91,7 @@ def velocity_error(
             timestep=1000 * sigma,
             return_dict=False,
         )[0]
-        return found
+        return found.float()
 
     predicted, target = velocity(text), noise - latents
     if guidance > 1:
@@ -136,7 +100,7 @@ def velocity_error(
         with torch.no_grad():
             # v = u + w (v - v0) has the solution v0 + (u - v0) / (1 - w); where text was dropped, v is v0.
             target = target + (1 - 1 / guidance) * (predicted - velocity(no_text))
-    return (predicted.float() - target.float()).square().mean((1, 2, 3))
+    return (predicted - target).square().mean((1, 2, 3))
 
 
 @dataclass(frozen=True)
@@ -145,14 +109,6 @@ class Guided:
 
     scale: float = 1.0
     start: int = 0
-
-
-@dataclass(frozen=True)
-class Naming:
-    """How much it counts to say what each place shows; layout: uint8 [N, 2, h, w], see `Reader`."""
-
-    weight: float = 0.0
-    layout: Tensor | None = None
 
 
 def train_flow(
@@ -168,7 +124,6 @@ def train_flow(
     save_every: int,
     on_save: Callable[[int], None],
     guided: Guided,
-    naming: Naming,
     precision: str = "fp32",
     dropped: float = 0.1,
 ) -> None:
@@ -178,29 +133,24 @@ def train_flow(
     a `dropped` share of samples, so that the model can be guided. precision: of the forward passes, "fp32" or
     "bf16"; weights stay in fp32.
     """
-    encoders, transformer = {name: modules[name] for name in ENCODERS}, modules["transformer"]
-    if naming.weight:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            modules = {**modules, "reader": Reader(cast(Any, transformer).inner_dim)}
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision is 'fp32' or 'bf16', got {precision!r}")
+    encoders = {name: modules[name] for name in ENCODERS}
     for module in modules.values():
         module.train()
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         picked = torch.randint(len(latents), (batch,), generator=generator)
         drop = torch.rand(batch, generator=generator) < dropped
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), middle(transformer) as seen:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             text = encode(encoders, torch.where(drop[:, None, None], empty, ids[picked]))
             scale, no_text = 1.0, None
             if guided.scale > 1 and step >= guided.start:
                 with torch.no_grad():
                     embedded, pooled = encode(encoders, empty[None])
                 scale, no_text = guided.scale, (embedded.expand(batch, -1, -1), pooled.expand(batch, -1))
-            error = velocity_error(transformer, latents[picked], text, generator, scale, no_text).mean()
-            if naming.layout is None or not naming.weight:
-                return error, {}
-            named = modules["reader"](seen[0], naming.layout[picked]).mean()
-        return error + naming.weight * named, {"velocity": error.item(), "naming": named.item()}
+            error = velocity_error(modules["transformer"], latents[picked], text, generator, scale, no_text)
+        return error.mean(), {}
 
     optimizers = flow_optimizers(modules, lr)
     Stage("flow", folder, modules, optimizers, schedule, loss, seed, save_every=save_every).run(on_save)
@@ -230,6 +180,10 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     pipeline.save_pretrained(partial)
+    for file in partial.glob("*/config.json"):  # diffusers notes where on this machine a part came from
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None):
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if folder.exists():
         os.rename(folder, old)
     os.rename(partial, folder)
