@@ -62,6 +62,7 @@ class Learner:
             distributed,
         )
         self.updates = self.bad = self.bad_in_a_row = 0
+        self.iteration = 0  # the one that is learned from
         self._floor_known = False
         trainable = [p for p in policy.module.parameters() if p.requires_grad]
         if not trainable:
@@ -196,4 +197,7 @@ class Learner:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _learning_rate(self) -> float:
-        return self.settings.learning_rate * min(1.0, (self.updates + 1) / max(1, self.settings.warmup))
+        settings = self.settings
+        rise = (self.updates + 1) / max(1, settings.warmup)
+        fall = (1 - self.iteration / settings.iterations) / settings.decay if settings.decay else 1.0
+        return settings.learning_rate * min(1.0, rise, fall)

@@ -42,6 +42,9 @@ class TrainingSettings:
     iterations: int = 100  # each samples, scores and learns from per_iteration x group samples
     learning_rate: float = 3e-4  # of AdamW; lower it when rewards collapse, raise it when ratios stay at 1
     warmup: int = 0  # optimizer updates over which the learning rate rises to its value
+    # Share of the iterations, the last ones, over which the learning rate falls to 0. It averages out what
+    # single updates got wrong, so that a higher rate can be held before; 0 keeps the rate.
+    decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     weight_decay: float = 1e-4  # of AdamW; pulls LoRA weights, and so the policy, back to the base model
     grad_clip: float = 1.0  # largest norm of the gradient in an update
@@ -69,6 +72,8 @@ class TrainingSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay is a share between 0 and 1, got {self.decay}")
         if not 0 <= self.max_missing <= 1:
             raise ValueError(f"max_missing is a share between 0 and 1, got {self.max_missing}")
 
@@ -192,6 +197,7 @@ class Trainer:
 
     def step(self, iteration: int) -> dict[str, float]:
         """One iteration: sample, reward, credit, update; gives what was measured."""
+        self.learner.iteration = iteration
         with self.clock("sample"):
             prompts = self.prompts.at(iteration, self.distributed.rank, self.distributed.world)
             peers = Peers(prompts, self.distributed.gather)

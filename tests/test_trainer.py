@@ -408,6 +408,14 @@ def test_warm_up_raises_the_learning_rate():
     assert [m["learning_rate"] for m in notes.metrics.values()] == pytest.approx([3e-3, 4e-3, 4e-3])
 
 
+def test_decay_lowers_the_learning_rate_to_nothing_at_the_end():
+    notes = Notes()
+    settings = replace(FAST, iterations=6, decay=0.5, learning_rate=4e-3)
+    trainer(settings, tracker=notes).run()
+    expected = [4e-3, 4e-3, 4e-3, 4e-3, 4e-3 * 2 / 3, 4e-3 / 3]
+    assert [m["learning_rate"] for m in notes.metrics.values()] == pytest.approx(expected)
+
+
 def test_what_cannot_be_trained_is_refused_before_any_sampling():
     class Alone:
         def at(self, iteration: int, rank: int = 0, world: int = 1) -> Prompts:
@@ -430,7 +438,7 @@ def test_what_cannot_be_trained_is_refused_before_any_sampling():
 @pytest.mark.parametrize(
     "wrong",
     [{"iterations": 0}, {"updates": 0}, {"learning_rate": 0.0}, {"ema_decay": 1.0}, {"max_missing": 20},
-     {"warmup": -1}, {"grad_clip": 0}],
+     {"warmup": -1}, {"grad_clip": 0}, {"decay": 1.5}],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=r"got|between"):
