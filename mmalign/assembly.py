@@ -25,7 +25,8 @@ from mmalign.evaluation import Evaluator, Shown, repeat
 from mmalign.pipelines import load as load_policy
 from mmalign.pipelines import pipeline_class
 from mmalign.pipelines.flow import FlowPolicy
-from mmalign.records import Outcome, Plan
+from mmalign.plans import forwards
+from mmalign.records import Outcome
 from mmalign.rewardmodels import load as load_reward
 from mmalign.scoring import Scorer, judge
 from mmalign.sde import Noise
@@ -290,38 +291,27 @@ def derive(
     """What follows from the settings and is never set: sizes of batches, counts of updates and forwards."""
     trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in policy.module.parameters())
-    groups, size, updates = config.prompts.per_iteration, config.prompts.group, config.training.updates
+    groups, size, settings = config.prompts.per_iteration, config.prompts.group, config.training
     samples, rows = groups * size, policy.adapter.rows(config.policy.guidance)
     found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]
-    costs = [[forwards(plan, samples, groups, rows) for plan in plans] for plans in found]
-    sample = sum(cost[0] for plans in costs for cost in plans) / len(costs)
-    train = sum(cost[1] for plans in costs for cost in plans) / len(costs)
+    member = torch.arange(size)
+    costs = [[forwards(plan, torch.zeros_like(member), member) for plan in plans] for plans in found]
+    sample, train = (
+        groups * rows * sum(cost[i] for plans in costs for cost in plans) / len(costs) for i in (0, 1)
+    )
     actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})
+    judged = sum(plan.views for plan in found[0])
+    updates = f"{settings.updates}, each over {groups // settings.updates} of the groups"
+    if algorithm.apart:
+        updates = f"{settings.updates} for each action, each over {groups // settings.updates} of the groups"
     return {
         "trained parameters": f"{trained:,} of {whole:,}",
         "prompts in an epoch": f"{prompts // groups * groups:,} of {prompts:,}",
         "samples an iteration": f"{groups} prompts x {size} = {samples}, {samples // world} a process",
         "denoising steps": f"{found[0][0].steps}, of them stochastic {' or '.join(map(str, actions))}",
-        "updates an iteration": f"{updates}, each over {groups // updates} of the groups",
+        "pictures judged an iteration": f"{judged} x {samples} = {judged * samples}",
+        "updates an iteration": updates,
         "forwards an iteration": f"{sample:.0f} to sample, {train:.0f} to train"
         + "".join(f", {train:.0f} of the {name} policy" for name in algorithm.copies),
         "network rows of a forward": f"at most {policy.chunk} to sample, {config.training.batch} to train",
     }
-
-
-def forwards(plan: Plan, samples: int, groups: int, rows: int) -> tuple[int, int]:
-    """Sample-forwards to sample and to train under a plan.
-
-    Members that share their noise are one sample up to their first action and share its forward, as do
-    completions their first.
-    """
-    shared = samples - groups if plan.share_noise and plan.sde_steps else 0
-    start = plan.sde_steps[0] if plan.sde_steps else 0
-    tail = sum(
-        -(-(plan.steps - 1 - last) // stride)
-        for last in [(plan.sde_steps or (-1,))[-1]]
-        for stride in plan.strides
-    )
-    tail -= len(plan.strides) - 1
-    sample = samples * ((plan.sde_steps[-1] + 1 if plan.sde_steps else 0) + tail) - shared * (start + 1)
-    return sample * rows, (samples * (len(plan.sde_steps) or plan.renoise) - shared) * rows

@@ -1,9 +1,12 @@
-"""From reward units to an advantage for every action. Four questions, four independent answers:
+"""From reward units to an advantage for every action. Independent questions, independent answers:
 
+read       what do verdicts on outcomes say of the actions?  units to units
 normalize  how good is a unit, compared with its peers?      [B, U] -> [B, U]
 combine    which units add up, and when?                     [B, U] -> K x [B, U]
 reach      which actions does a unit speak about?            [B, U] -> [B, S, *site]
+scale      how far does an advantage carry?                  [B, S]
 weigh      how loudly does an action speak in the loss?      [B, S]
+select     which of them are learned from after all?         [B, S]
 
 Peers may live on other ranks. Their values are gathered and put into an order that depends on the samples'
 names alone, so that the same samples give the same advantage, to the last bit, however they are placed.
@@ -18,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmalign.records import Advantage, Prompts, RewardSignal, Trajectory, Unit, Where, Whole
+from mmalign.records import Advantage, Plan, Prompts, RewardSignal, Steps, Trajectory, Unit, Where, Whole
 
 Normalize = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 Weigh = Callable[[Trajectory], Tensor]
@@ -163,6 +166,7 @@ class Peers:
                 f"two samples are both member {twice[1]} of group {twice[0]}; a name must be given once"
             )
         self.group = torch.tensor([group for group, _ in place], dtype=torch.int64)
+        self.member = torch.tensor([member for _, member in place], dtype=torch.int64)
         self.mine = torch.tensor(
             [place[group, member] for group, member in names.tolist()], dtype=torch.int64
         )
@@ -174,6 +178,11 @@ class Peers:
     def all(self, rows: Tensor) -> Tensor:
         """Own rows [B, ...] to those of all ranks [N, ...], on the CPU; shorter rows are padded with 0."""
         return self._gather(rows.detach().cpu())[self._order]
+
+
+Read = Callable[[RewardSignal, Trajectory, Peers], RewardSignal]
+# (advantage [K, B, S, *site], which samples have a verdict [B], trajectory, peers) -> factor [B, S]
+Select = Callable[[Tensor, Tensor, Trajectory, Peers], Tensor]
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,11 @@ class Credit:
     reach: Literal["whole", "upstream", "local"] = "local"
     weigh: Weigh = per_sample
     clip: float = 5.0  # bound on the advantage
+    read: Read | None = None  # turns a reward's units into others, before they are compared
+    # start: compare only members of a group that start from the same initial noise (`Plan.starts`).
+    compare: Literal["group", "start"] = "group"
+    scale: Weigh | None = None  # multiplies the bounded advantage of each action
+    select: Select | None = None  # multiplies the weight of each action, once its advantage is known; 0: none
 
     def __call__(
         self,
@@ -201,21 +215,11 @@ class Credit:
     ) -> Advantage:
         """The advantage of own samples, compared with their peers (None: there are no other ranks).
 
-        part: [B] int64, the update in which each sample takes part (None: one update); over each of them
-        weights sum to 1.
+        part: [B] or [B, S] int64, the update in which each sample or action takes part (None: one update);
+        over each of them weights sum to 1.
         """
-        unknown = {s.name for s in signals} ^ self.weights.keys()
-        if unknown:
-            raise ValueError(
-                f"rewards and weights must have the same names; only one side has {sorted(unknown)}"
-            )
         peers = peers or Peers(trajectory.outcome.prompts)
-        signals = [fold(s, trajectory.outcome.views) for s in signals if self.weights[s.name] != 0]
-        shares = [self.weights[s.name] for s in signals]
-        if not signals:
-            raise ValueError(f"at least one reward needs a weight other than 0, got {dict(self.weights)}")
-        if self.combine == "total_first":
-            signals, shares = [self._total(signals, peers)], [1.0]
+        shares, signals = zip(*self.units(signals, trajectory, peers), strict=True)
         rows = [
             share * self._spread(s, trajectory, locate, peers)
             for s, share in zip(signals, shares, strict=True)
@@ -224,19 +228,55 @@ class Credit:
         if self.combine != "apart":
             rows = [torch.stack(_alike(rows)).sum(0)]
         values = torch.stack(_alike(rows)).clamp(-self.clip, self.clip)
+        sites = [1] * (trajectory.log_prob.ndim - 2)
         counted = torch.stack([_valid(s).any(1) for s in signals]).any(0)
-        weight = self._loudness(trajectory, counted, peers, part)
+        weight = self.weigh(trajectory).cpu().double() * counted[:, None]  # [B, S]
+        if self.select is not None:
+            weight = weight * self.select(values, counted, trajectory, peers)
+        if self.scale is not None:
+            scale = self.scale(trajectory).cpu().double()
+            values = values * scale.reshape(*scale.shape, *sites)
+        weight = _shared(weight, peers, part)
+        weight = weight.reshape(*weight.shape, *sites) / max(1, trajectory.log_prob.shape[2:].numel())
         device = trajectory.log_prob.device
         return Advantage(values.float().to(device), weight.float().to(device), names)
 
-    def _total(self, signals: Sequence[RewardSignal], peers: Peers) -> RewardSignal:
+    def units(
+        self, signals: Sequence[RewardSignal], trajectory: Trajectory, peers: Peers
+    ) -> list[tuple[float, RewardSignal]]:
+        """What the rewards say of the actions, and each one's share: a single total if added up first."""
+        unknown = {s.name for s in signals} ^ self.weights.keys()
+        if unknown:
+            raise ValueError(
+                f"rewards and weights must have the same names; only one side has {sorted(unknown)}"
+            )
+        views = trajectory.outcome.views
+        found = [(self.weights[s.name], s) for s in signals if self.weights[s.name] != 0]
+        if not found:
+            raise ValueError(f"at least one reward needs a weight other than 0, got {dict(self.weights)}")
+        if self.combine == "total_first":
+            found = [(1.0, self._total([s for _, s in found], peers, views))]
+        found = [(share, fold(s, views, trajectory.plan)) for share, s in found]
+        if self.read is not None:
+            found = [(share, self.read(s, trajectory, peers)) for share, s in found]
+        return found
+
+    def _total(self, signals: Sequence[RewardSignal], peers: Peers, views: int) -> RewardSignal:
         total = sum((self.weights[s.name] * s.values.cpu().double()).sum(1, keepdim=True) for s in signals)
-        complete = torch.stack([_complete(s, peers) for s in signals]).all(0)
+        complete = torch.stack([_complete(s, peers, views) for s in signals]).all(0)
         return RewardSignal("total", torch.as_tensor(total), valid=complete[:, None])
+
+    def _compared(self, trajectory: Trajectory, peers: Peers) -> Tensor:
+        """The number of the samples with which each is compared, [N]."""
+        if self.compare == "group" or trajectory.plan is None:
+            return peers.group
+        start = trajectory.plan.kin(peers.member, 0)
+        names: Tensor = torch.unique(torch.stack([peers.group, start], 1), dim=0, return_inverse=True)[1]
+        return names
 
     def _spread(self, signal: RewardSignal, trajectory: Trajectory, locate: Locate, peers: Peers) -> Tensor:
         values, valid = peers.all(signal.values.cpu().double()), peers.all(_valid(signal).long()).bool()
-        units = self.normalize(values, valid, peers.group, signal.unit.aligned)
+        units = self.normalize(values, valid, self._compared(trajectory, peers), signal.unit.aligned)
         units = units[peers.mine, : signal.values.shape[1]]  # [B, U]
         if self.reach == "whole" or isinstance(signal.where, Whole):
             footprint = units.new_ones(1, 1, 1, *[1] * (trajectory.log_prob.ndim - 2))
@@ -246,19 +286,21 @@ class Credit:
             footprint = footprint.flip(2).cummax(2).values.flip(2)
         return (units.reshape(*units.shape, *[1] * (footprint.ndim - 2)) * footprint).sum(1)
 
-    def _loudness(self, trajectory: Trajectory, counted: Tensor, peers: Peers, part: Tensor | None) -> Tensor:
-        weight = self.weigh(trajectory).cpu().double() * counted[:, None]  # [B, S]
-        parts = peers.all(torch.zeros_like(peers.mine) if part is None else part)
-        number = torch.unique(parts, return_inverse=True)[1]
-        sums = torch.zeros(len(parts), dtype=torch.float64).index_add_(0, number, peers.all(weight.sum(1)))
-        sums = sums[number][peers.mine]  # [B], the total of the update that each sample takes part in
-        sites = trajectory.log_prob.shape[2:]
-        weight = weight / torch.where(sums > 0, sums, 1.0)[:, None] / max(1, sites.numel())
-        return weight.reshape(*weight.shape, *[1] * len(sites))
+
+def _shared(weight: Tensor, peers: Peers, part: Tensor | None) -> Tensor:
+    """The weights [B, S] of own actions, so that those of all ranks in one update sum to 1."""
+    if part is None:
+        part = torch.zeros_like(peers.mine)
+    part = part.cpu() if part.ndim == 2 else part.cpu()[:, None].expand_as(weight)
+    number = torch.unique(peers.all(part), return_inverse=True)[1]  # [N, S]
+    sums = torch.zeros(int(number.max()) + 1 if number.numel() else 0, dtype=torch.float64)
+    sums.index_add_(0, number.flatten(), peers.all(weight).flatten())
+    sums = sums[number[peers.mine]][:, : weight.shape[1]]  # [B, S], the total of each action's own update
+    return weight / torch.where(sums > 0, sums, 1.0)
 
 
-def fold(signal: RewardSignal, views: int) -> RewardSignal:
-    """B * views verdicts as B verdicts of one unit per completion."""
+def fold(signal: RewardSignal, views: int, plan: Plan | None = None) -> RewardSignal:
+    """B * views verdicts as B verdicts of one unit per completion, placed on the action it speaks about."""
     if views == 1:
         return signal
     if signal.unit is not Unit.SAMPLE:
@@ -267,7 +309,10 @@ def fold(signal: RewardSignal, views: int) -> RewardSignal:
             f"not by one per {signal.unit.label}"
         )
     values, valid = signal.values.reshape(-1, views), _valid(signal).reshape(-1, views)
-    return replace(signal, values=values, valid=valid, unit=Unit.COMPLETION, where=Whole(), details=None)
+    where: Where = Whole()
+    if plan is not None and plan.singular:
+        where = Steps((torch.arange(views) // len(plan.strides)).expand(len(values), -1))
+    return replace(signal, values=values, valid=valid, unit=Unit.COMPLETION, where=where, details=None)
 
 
 def _alike(rows: Sequence[Tensor]) -> list[Tensor]:
@@ -279,16 +324,17 @@ def _valid(signal: RewardSignal) -> Tensor:
     return signal.valid.cpu()
 
 
-def _complete(signal: RewardSignal, peers: Peers) -> Tensor:
-    """Which samples have all the verdicts that their total needs, [B].
+def _complete(signal: RewardSignal, peers: Peers, views: int) -> Tensor:
+    """Which outcomes have all the verdicts that their total needs, [B * views].
 
-    Of aligned units a sample needs each one that any member of its group has; a unit that nobody in the group
-    has does not apply to the prompt. Of others it needs one: their number varies.
+    Of aligned units an outcome needs each one that any member of its group has; a unit that nobody in the
+    group has does not apply to the prompt. Of others it needs one: their number varies.
     """
     valid = _valid(signal)
     if not signal.unit.aligned:
         return valid.any(1)
-    every = peers.all(valid.long())
+    every = peers.all(valid.long().reshape(-1, views, valid.shape[1]))
     _, row = torch.unique(peers.group, return_inverse=True)
     applies = torch.zeros_like(every).index_add_(0, row, every)[row] > 0
-    return (valid | ~applies[peers.mine, : valid.shape[1]]).all(1) & valid.any(1)
+    applies = applies[peers.mine, :, : valid.shape[1]].reshape(valid.shape)
+    return (valid | ~applies).all(1) & valid.any(1)

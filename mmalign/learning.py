@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +49,11 @@ class Credited:
         return Minibatch(self.trajectory, pick, batch.advantage, torch.zeros_like(batch.weight))
 
 
+def _anywhere(flags: Tensor) -> Tensor:
+    """Which actions have a site that is so: [B, S, *site] to [B, S], on the CPU."""
+    return (flags.flatten(2).any(2) if flags.ndim > 2 else flags).cpu()
+
+
 class Learner:
     """Holds the optimizer and the trained parameters of a policy, and moves them."""
 
@@ -90,12 +95,12 @@ class Learner:
     def learn(
         self, trajectory: Trajectory, advantage: Advantage, part: Tensor, plan: Plan
     ) -> dict[str, float]:
-        """Every update over one batch of samples; part: [B], the one in which each sample takes part."""
+        """Every update over one batch of samples; part: [B, S], the one in which each action takes part."""
         credited, columns = Credited.of(trajectory, advantage), trajectory.mask.shape[1]
         meter, floor = (Meter(columns, self.distributed.device) for _ in range(2))
         losses, norms = [], []
-        for number in range(self.settings.updates):
-            picks = self._picks(credited, (part == number).nonzero().flatten())
+        for number in range(self.settings.updates * (columns if self.algorithm.apart else 1)):
+            picks = self._picks(credited, part == number)
             if picks is None:
                 continue
             fresh = number == 0 and self.algorithm.sampler is None  # the parameters are those that sampled
@@ -115,19 +120,24 @@ class Learner:
             metrics["grad_norm_max"] = max(norms)
         return metrics | {"learning_rate": self._learning_rate()}
 
-    def _picks(self, credited: Credited, rows: Tensor) -> list[Pick | None] | None:
+    def _picks(self, credited: Credited, taking: Tensor) -> list[Pick | None] | None:
         """The forwards of an update on this rank; None stands for a repeat that only keeps ranks in step.
 
-        No list at all where no rank has anything to learn from. A sample without weight is left out rather
-        than multiplied by 0: what kept it from a verdict may be NaN.
+        taking: [B, S], the actions of this update. No list at all where no rank has anything to learn from.
+        An action without weight is left out rather than multiplied by 0: what kept it from a verdict may be
+        NaN.
         """
-        rows = rows[(credited.weight > 0).flatten(1).any(1).cpu()[rows]]
+        taking = taking & credited.trajectory.mask.cpu() & _anywhere(credited.weight > 0)
         if self.settings.skip_idle and self.algorithm.objective.idle_at_zero:
-            busy = rows[(credited.values != 0).any(0).flatten(1).any(1).cpu()[rows]]
-            rows = busy if len(busy) else rows[:1]  # a gradient of 0 still moves by momentum and decay
+            busy = taking & _anywhere((credited.values != 0).any(0))
+            if not busy.any():  # a gradient of 0 still moves by momentum and decay
+                busy[taking.any(1).nonzero()[:1, 0]] = taking[taking.any(1)][:1]
+            taking = busy
         picks: list[Pick | None] = []
+        rows = taking.any(1).nonzero().flatten()
         if len(rows):
-            picks += self.policy.picks(credited.trajectory, rows, self.settings.batch)
+            trajectory = replace(credited.trajectory, mask=taking.to(credited.trajectory.mask.device))
+            picks += self.policy.picks(trajectory, rows, self.settings.batch)
         most = int(self.distributed.gather(torch.tensor([len(picks)])).max())
         return picks + [None] * (most - len(picks)) if most else None
 

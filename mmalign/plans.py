@@ -6,9 +6,10 @@ would have had, and every rank draws up the same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from mmalign.randomness import generator
 from mmalign.records import Plan
@@ -44,3 +45,39 @@ def random_window(steps: int, width: int, starts: range, share_noise: bool) -> P
         return [Plan(steps, tuple(range(start, start + width)), share_noise)]
 
     return at
+
+
+def in_turn(among: Sequence[int], count: int, plan: Callable[[tuple[int, ...]], Plan]) -> PlanAt:
+    """`count` actions an iteration, in turn from the steps `among`, by the plan that is made of them."""
+    if not 1 <= count <= len(among):
+        raise ValueError(f"of {len(among)} steps 1..{len(among)} can take a turn at a time, got {count}")
+
+    def at(iteration: int, seed: int) -> list[Plan]:
+        turn = [among[(iteration * count + i) % len(among)] for i in range(count)]
+        return [plan(tuple(sorted(turn)))]
+
+    return at
+
+
+def forwards(plan: Plan, group: Tensor, member: Tensor) -> tuple[int, int]:
+    """Network rows, without guidance, that sample these members and that learn once from their actions.
+
+    group, member: [B]. A state that several are in is one row; so are completions as long as they have come
+    the same way.
+    """
+
+    def states(kin: Tensor) -> int:
+        return len(torch.unique(torch.stack([group, kin], 1), dim=0))
+
+    before = [states(plan.kin(member, step)) for step in range(plan.last + 1)]
+    leaves = [(step + 1, before[step]) for step in plan.sde_steps if plan.values]
+    if plan.singular:
+        leaves += [(step + 1, states(member)) for step in plan.sde_steps]
+    else:
+        leaves.append((plan.last + 1, states(plan.kin(member, plan.last + 1))))
+    sample = sum(before)
+    for start, rows in leaves:
+        ways = [plan.way(start, stride) for stride in plan.strides]
+        sample += rows * len({way[:end] for way in ways for end in range(1, len(way))})
+    learned = plan.sde_steps if plan.learned is None else plan.learned
+    return sample, states(member) * plan.renoise + sum(before[step] for step in learned)

@@ -21,11 +21,23 @@ class Plan:
     """How to sample once.
 
     steps: denoising steps of the schedule. sde_steps: the steps at which noise is drawn and recorded (the
-    actions); every other step follows the ODE. share_noise: members of a group start from one initial noise,
-    so that they are one and the same sample up to their first action. strides: after the last action the
-    schedule is finished once per stride, taking every stride-th step; each gives one completion (a view) of
-    the same actions. renoise: for methods of the forward process, which take no action while sampling: every
-    finished sample is noised again at so many times, and each of these noised states is an action.
+    actions); every other step follows the ODE. levels: the noise level of each action, in place of the
+    policy's own. learned: the actions that an update may learn from (None: all).
+
+    Where members of a group are one and the same, so that work is done once for all of them:
+    share_noise: they start from one initial noise and part at the first action. starts: they start from so
+    many, member m from number m % starts. splits: they part little by little, into `ways` at each of these
+    actions, until each is a leaf of its own. correlation: of the noises that siblings draw at a split, each
+    of which is standard normal.
+
+    What is finished by the ODE; every completion is a view of the sample:
+    singular: each action leaves the ODE on its own and is finished on its own, where otherwise actions follow
+    one another and the last is finished. values: what each action started from is finished as well, before
+    the action, in their order. strides: each of these is finished once per stride, by one step of the
+    schedule and then every stride-th.
+
+    renoise: for methods of the forward process, which take no action while sampling: every finished sample is
+    noised again at so many times, and each of these noised states is an action.
     """
 
     steps: int
@@ -33,6 +45,14 @@ class Plan:
     share_noise: bool = False
     strides: tuple[int, ...] = (1,)
     renoise: int = 0
+    levels: tuple[float, ...] | None = None
+    learned: tuple[int, ...] | None = None
+    starts: int = 1
+    splits: tuple[int, ...] = ()
+    ways: int = 2
+    correlation: float = 0.0
+    singular: bool = False
+    values: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -51,6 +71,67 @@ class Plan:
                 f"renoise must not be negative and goes with ODE sampling alone, got renoise={self.renoise}, "
                 f"sde_steps={self.sde_steps}, strides={self.strides}"
             )
+        self._check_tree()
+
+    def _check_tree(self) -> None:
+        actions = set(self.sde_steps)
+        for name, steps in (("splits", self.splits), ("learned", self.learned or ())):
+            if list(steps) != sorted(set(steps)) or not actions.issuperset(steps):
+                raise ValueError(f"{name} must rise and be among sde_steps={self.sde_steps}, got {steps}")
+        if self.learned is not None and actions and not self.learned:
+            raise ValueError("learned must name at least one action; None learns from all")
+        if self.levels is not None and (len(self.levels) != len(actions) or not min(self.levels) > 0):
+            raise ValueError(f"levels must be positive, one for each of {self.sde_steps}, got {self.levels}")
+        if self.starts < 1 or self.ways < 1:
+            raise ValueError(f"starts and ways must be at least 1, got {self.starts}, {self.ways}")
+        if not self.share_noise and (self.starts > 1 or self.splits):
+            raise ValueError("starts and splits are of a group that shares its noise: set share_noise=True")
+        if not 0 <= self.correlation < 1:
+            raise ValueError(f"correlation must lie in [0, 1), got {self.correlation}")
+        if (self.singular or self.values) and not actions:
+            raise ValueError("singular and values speak of actions, but sde_steps is empty")
+        if self.singular and (self.values or self.splits):
+            raise ValueError("singular goes with neither values nor splits: its actions lie side by side")
+
+    @property
+    def last(self) -> int:
+        """The step of the last action, -1 where there is none."""
+        return self.sde_steps[-1] if self.sde_steps else -1
+
+    @property
+    def views(self) -> int:
+        """Completions of a sample. View i * len(strides) + j is what was finished i-th, with stride j."""
+        actions = len(self.sde_steps)
+        return len(self.strides) * (actions if self.singular else actions + 1 if self.values else 1)
+
+    def kin(self, member: Tensor, step: int) -> Tensor:
+        """The lowest number among the members that are one with each of `member` [B] before `step`, [B]."""
+        if not self.share_noise:
+            return member
+        parted = 0 if self.singular else sum(s < step for s in self.splits or self.sde_steps[:1])
+        if parted and not self.splits:
+            return member
+        return member % (self.starts * int(self.ways**parted))
+
+    def heirs(self, member: Tensor, step: int) -> Tensor:
+        """The lowest number among the members that are one with each after the action at `step`, [B]."""
+        return member if self.singular else self.kin(member, step + 1)
+
+    def way(self, start: int, stride: int) -> tuple[int, ...]:
+        """The places of the schedule that a completion visits: one step, then every stride-th, to the end."""
+        return (start, *range(start + 1, self.steps, stride), self.steps) if start < self.steps else (start,)
+
+    def check_group(self, size: int) -> None:
+        """Raise ValueError where a group of `size` members does not fill the tree."""
+        leaves = self.starts * self.ways ** len(self.splits)
+        if self.splits and size != leaves:
+            raise ValueError(
+                f"prompts.group must be {leaves}: {self.ways} ways at {len(self.splits)} splits"
+                + (f" from {self.starts} starts" if self.starts > 1 else "")
+                + f", got {size}"
+            )
+        if size % self.starts:
+            raise ValueError(f"prompts.group must be a multiple of its {self.starts} starts, got {size}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +174,7 @@ class Outcome:
     """All that a reward may see: the prompts and what came out, nothing of how it was made.
 
     media: images [B * views, C, H, W] or video [B * views, F, C, H, W] with values in [0, 1], or B * views
-    strings. views: completions made from the same actions; row b * views + i is completion i of sample b.
+    strings. views: completions of one sample (see `Plan`); row b * views + i is completion i of sample b.
     """
 
     prompts: Prompts
@@ -106,13 +187,17 @@ class Trajectory:
     """A batch of samples: the outcome, the actions that led to it, and what replays them.
 
     log_prob: [B, S, *site] under the policy that sampled; S = 0 where nothing was drawn. mask: [B, S] bool,
-    False on padding. replay: read only by the policy that wrote it; every tensor in it starts with B.
+    False on padding and on what is not learned from. replay: read only by the policy that wrote it; every
+    tensor in it starts with B. plan: the one that was followed, and sigmas [steps + 1] the schedule, where
+    the policy denoises.
     """
 
     outcome: Outcome
     log_prob: Tensor
     mask: Tensor
     replay: Mapping[str, Tensor]
+    plan: Plan | None = None
+    sigmas: Tensor | None = None
 
     @property
     def group(self) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmalign.contracts import Key, Policy, RewardModel
+from mmalign.plans import forwards
 from mmalign.records import (
     Masks,
     Outcome,
@@ -141,8 +142,12 @@ def check_policy(policy: Policy, prompts: Prompts, plan: Plan, tolerance: float 
     thing is computed in another batch, and a hundred times that for media; 1e-6 is for fp32.
     """
     key: Key = (0, "check")
+    before = policy.forwards.sample
     trajectory = policy.sample(prompts, plan, key)
+    rows = policy.forwards.sample - before
     _check_trajectory(trajectory, prompts, plan)
+    if isinstance(trajectory.outcome.media, Tensor):
+        _check_tree(policy, trajectory, plan, key, rows, tolerance)
     _check_streams(policy, trajectory, plan, key, tolerance)
     _check_replay(policy, trajectory, tolerance)
     _check_gradients(policy, trajectory)
@@ -164,7 +169,7 @@ def _check_trajectory(trajectory: Trajectory, prompts: Prompts, plan: Plan) -> N
     views = trajectory.outcome.views
     assert len(media) == samples * views, f"{len(media)} media for {samples} samples of {views} views"
     if isinstance(media, Tensor):
-        assert views == len(plan.strides), f"{views} views for the strides {plan.strides}"
+        assert views == plan.views, f"{views} views for a plan of {plan.views}"
         assert media.min() >= 0, f"media go down to {media.min()}"
         assert media.max() <= 1, f"media go up to {media.max()}"
     for name, tensor in trajectory.replay.items():
@@ -189,15 +194,58 @@ def _check_streams(policy: Policy, trajectory: Trajectory, plan: Plan, key: Key,
     assert not _same(media, other, 0), "another key gave the same samples"
     if isinstance(media, Tensor):
         for shared in (False, True):
-            quiet = policy.sample(prompts, replace(plan, sde_steps=(), share_noise=shared), key).outcome.media
+            quiet = policy.sample(prompts, Plan(plan.steps, share_noise=shared), key).outcome.media
             assert isinstance(quiet, Tensor)
             for group in sorted(set(prompts.group.tolist())):
-                members = quiet[:: len(plan.strides)][(prompts.group == group).to(quiet.device)]
+                members = quiet[(prompts.group == group).to(quiet.device)]
                 alike = _same(members, members[:1].expand_as(members), 100 * tolerance)
                 found = "alike" if alike else "different"
                 assert alike == shared or len(members) < 2, (
                     f"with share_noise={shared} members of group {group} are {found}"
                 )
+
+
+def _check_tree(
+    policy: Policy, trajectory: Trajectory, plan: Plan, key: Key, rows: int, tolerance: float
+) -> None:
+    """Members are one where the plan says so, and the network sees what they share once."""
+    prompts, likely = trajectory.outcome.prompts, trajectory.log_prob
+    group, member = prompts.group.cpu(), prompts.member.cpu()
+    for column, step in enumerate(plan.sde_steps):
+        names = torch.stack([group, plan.heirs(member, step)], 1)
+        node = torch.unique(names, dim=0, return_inverse=True)[1]
+        for one in range(int(node.max()) + 1):
+            shared = likely[(node == one).to(likely.device), column]
+            assert float((shared - shared[:1]).abs().max()) == 0, (
+                f"members that share the action at step {step} have different log-probabilities of it"
+            )
+        found = len(
+            torch.unique(likely[:, column].flatten(1) if likely.ndim > 2 else likely[:, column], dim=0)
+        )
+        assert found == int(node.max()) + 1, (
+            f"after step {step} there are {found} different members where the plan has {int(node.max()) + 1}"
+        )
+    sample, train = forwards(plan, group, member)
+    assert rows in (sample, 2 * sample), (
+        f"sampling took {rows} network rows, the plan {sample}, or twice that"
+    )
+    before = policy.forwards.train
+    for pick in policy.picks(trajectory, torch.arange(len(prompts)), size=4):
+        policy.evaluate(trajectory, pick)
+    rows = policy.forwards.train - before
+    assert rows in (train, 2 * train), f"an update took {rows} network rows, the plan {train}, or twice that"
+    learned = torch.tensor(
+        [plan.learned is None or step in plan.learned for step in plan.sde_steps], dtype=torch.bool
+    )
+    assert plan.renoise or torch.equal(trajectory.mask.cpu(), learned.expand(len(prompts), -1)), (
+        "mask must be True at the actions that are learned"
+    )
+    if plan.values:  # what an action ends in is the sample itself
+        media, views = trajectory.outcome.media, len(plan.strides)
+        plain = policy.sample(prompts, replace(plan, values=False), key).outcome.media
+        assert isinstance(media, Tensor)
+        last = media.reshape(len(prompts), plan.views, *media.shape[1:])[:, -views:].flatten(0, 1)
+        assert _same(last, plain, 100 * tolerance), "the last of the values is not the sample"
 
 
 def _check_replay(policy: Policy, trajectory: Trajectory, tolerance: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from mmalign.health import Clock, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
 from mmalign.plans import PlanAt
-from mmalign.records import Advantage, Plan, Prompts
+from mmalign.records import Advantage, Plan, Prompts, RewardSignal, Trajectory
 from mmalign.scoring import Scorer, Scores, summarize
 from mmalign.sde import Noise
 from mmalign.tracking import NoTracker, Tracker
@@ -78,6 +78,20 @@ class TrainingSettings:
             raise ValueError(f"max_missing is a share between 0 and 1, got {self.max_missing}")
 
 
+class Adaptive(Protocol):
+    """A part of a method that follows what is sampled; all ranks must come to the same, and it is kept."""
+
+    def observe(
+        self, signals: Sequence[RewardSignal], trajectory: Trajectory, peers: Peers
+    ) -> dict[str, float]:
+        """Learn from one batch; gives metrics."""
+        ...
+
+    def state_dict(self) -> dict[str, object]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """All that makes one method differ from another."""
@@ -92,6 +106,8 @@ class Algorithm:
     # of the last iteration.
     copies: Mapping[str, float | Callable[[int], float]] = field(default_factory=dict)
     sampler: str | None = None  # the copy that samples; None: the live parameters
+    apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
+    adaptive: Adaptive | None = None  # what the plans or the credit depend on beside iteration and seed
 
 
 class Source(Protocol):
@@ -139,6 +155,9 @@ class Trainer:
             raise ValueError(
                 "a group of one has nobody to be compared with; prompts.group must be at least 2"
             )
+        for plan in self.algorithm.plans(0, self.settings.seed):
+            for size in sizes.unique().tolist():
+                plan.check_group(size)
         if len(groups) % self.settings.updates:
             raise ValueError(
                 f"training.updates={self.settings.updates} must divide the {len(groups)} groups of an "
@@ -233,11 +252,12 @@ class Trainer:
         with self.clock("reward"):
             scores = self.scorer(trajectory.outcome, self.distributed.gather)
         with self.clock("credit"):
-            groups = torch.unique(peers.group)
-            part = torch.searchsorted(groups, prompts.group.cpu()) * self.settings.updates // len(groups)
+            part = self._parts(trajectory, peers)
             advantage = self.algorithm.credit(scores.signals, trajectory, self.policy.locate, peers, part)
             metrics = summarize(scores, peers, trajectory.outcome.views, self.distributed.gather_objects)
             metrics |= self._about(advantage, peers)
+            if self.algorithm.adaptive is not None:
+                metrics |= self.algorithm.adaptive.observe(scores.signals, trajectory, peers)
         with self.clock("update"):
             metrics |= self.learner.learn(trajectory, advantage, part, plan)
         with self.clock("fit"):
@@ -249,6 +269,14 @@ class Trainer:
             rows = rollouts(prompts, key, scores, advantage, trajectory.outcome.views, cost)
             self.tracker.rollouts(place[0], self.distributed.gather_objects(rows))
         return metrics
+
+    def _parts(self, trajectory: Trajectory, peers: Peers) -> Tensor:
+        """The update in which each action takes part, [B, S]: whole groups, and with `apart` one action."""
+        groups, updates = torch.unique(peers.group), self.settings.updates
+        part = torch.searchsorted(groups, trajectory.group.cpu()) * updates // len(groups)
+        actions = trajectory.mask.shape[1]
+        column = torch.arange(actions) if self.algorithm.apart else torch.zeros(actions, dtype=torch.int64)
+        return column * updates + part[:, None]
 
     def _about(self, advantage: Advantage, peers: Peers) -> dict[str, float]:
         """How many groups say nothing, and how strong the advantage is."""
@@ -289,6 +317,8 @@ class Trainer:
             "forwards": self._forwards(),
             "ranks": own,
         }
+        if self.algorithm.adaptive is not None:
+            state["adaptive"] = self.algorithm.adaptive.state_dict()
         if self.distributed.sharded:
             self.distributed.save_sharded(folder / SHARDED)
             torch.save(self._local_copies(), folder / SHARDED / f"copies_{self.distributed.rank}.pt")
@@ -342,6 +372,8 @@ class Trainer:
             state[name] for name in ("updates", "bad", "bad_in_a_row")
         )
         self.seconds = dict(state["seconds"])
+        if self.algorithm.adaptive is not None:
+            self.algorithm.adaptive.load_state_dict(state["adaptive"])
         if len(state["ranks"]) != self.distributed.world:
             warnings.warn(
                 f"{folder} was written by {len(state['ranks'])} processes and is read by "

@@ -1,10 +1,10 @@
-"""A policy over any flow model: one denoising loop, one replay, one way to place credit.
+"""A policy over any flow model: one network, one replay, one way to place credit.
 
-What a model family needs of its own is a `FlowAdapter`; everything else is written here once. A group is one
-prompt sampled several times, and its members share work wherever the plan lets them: texts are encoded once,
-members that start from one noise are one sample up to their first action, and actions taken in one state
-share one forward, in sampling and in the update. The gradient is the same, because every member's loss sees
-the weights through that one velocity.
+What a model family needs of its own is a `FlowAdapter`; the denoising loop is `mmalign.rollout`; everything
+else is written here once. A group is one prompt sampled several times, and its members share work wherever
+the plan lets them: texts are encoded once, members that have drawn the same noise so far are one state, and
+actions taken in one state share one forward, in sampling and in the update. The gradient is the same, because
+every member's loss sees the weights through that one velocity.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.sde import Noise, euler, log_prob, transition
+from mmalign.rollout import Rollout, distinct, retake, roll_out, state_ids
+from mmalign.sde import Noise
 
 Condition = Mapping[str, Tensor]  # what the network sees of a text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
-RECORDED = ("x", "x_next", "sigma", "sigma_next", "state", "log_prob")  # of every action
 DECODED_PLACES = 2**14  # of latents decoded at once: four images of 512x512 keep a device busy and fit
 
 
@@ -104,23 +104,6 @@ def guided(both: Tensor, guidance: float) -> Tensor:
     return negative + guidance * (positive - negative)
 
 
-def state_ids(group: Tensor, member: Tensor, step: int, shared: bool) -> Tensor:
-    """A number for the state in which an action is taken, [B] int64: equal if and only if the states are one.
-
-    It speaks of (group, step) where members share the state, else of (group, member, step), and so means the
-    same on every rank and in every slice.
-    """
-    for name, value, bits in (
-        ("group", group, 31),
-        ("member", member, 19),
-        ("step", torch.tensor([step]), 12),
-    ):
-        if len(value) and not 0 <= int(value.min()) <= int(value.max()) < 2**bits:
-            raise ValueError(f"{name} numbers must lie in 0..2^{bits} - 1, got {value.tolist()}")
-    who = torch.zeros_like(member) if shared else member + 1
-    return group * 2**32 + who * 2**12 + step
-
-
 @dataclass(frozen=True)
 class _Texts:
     """Encoded texts of n rows: tensors [distinct, ...], every row's place there [n]; a negative is last."""
@@ -130,6 +113,9 @@ class _Texts:
 
     def at(self, place: Tensor) -> Condition:
         return {name: tensor[place] for name, tensor in self.tensors.items()}
+
+    def of(self, rows: Tensor) -> _Texts:
+        return _Texts(self.tensors, self.place[rows])
 
 
 class FlowPolicy:
@@ -187,55 +173,37 @@ class FlowPolicy:
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
         """Sample by the plan: the ODE, with noise drawn and recorded at `plan.sde_steps`."""
-        if plan.sde_steps and self.noise.level == 0:
-            raise ValueError(
-                f"noise.level is 0, zero SDE noise with an SDE algorithm: steps {plan.sde_steps} are to be "
-                "stochastic; give it a level above 0, or a plan without sde_steps"
-            )
-        sigmas, guidance, samples = self._schedule(plan.steps), self.settings.guidance, len(prompts)
-        # Until the first action a row is a group where noise is shared, and a sample otherwise.
-        shared = plan.share_noise
-        lead, row = _leaders(prompts) if shared else (torch.arange(samples), torch.arange(samples))
-        x, texts = (
-            self._prior(prompts.take(lead), shared, key),
-            self._texts(prompts.take(lead).text, guidance),
-        )
-        streams = [generator(*key, "noise", *name) for name in _names(prompts)]
-        record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
-        start = plan.sde_steps[-1] + 1 if plan.sde_steps else 0
-        for step in range(start):
-            velocity = self._velocity(x, sigmas[step].expand(len(x)), texts, guidance)
-            if step not in plan.sde_steps:
-                x = euler(x, velocity, sigmas[step], sigmas[step + 1])
-                continue
-            state = state_ids(prompts.group, prompts.member, step, shared)
-            if shared:  # one velocity for the group; from here on its members part
-                x, velocity, texts, shared = x[row], velocity[row], self._texts(prompts.text, guidance), False
-            sigma, sigma_next = sigmas[step].expand(samples), sigmas[step + 1].expand(samples)
-            moved = transition(x, velocity, sigma, sigma_next, self.noise, sigmas[1])
-            x_next = moved.mean + moved.std * normals(streams, self.shape, self.device)
-            likely = log_prob(x_next, moved, self.noise, self._dims)
-            for name, value in zip(RECORDED, (x, x_next, sigma, sigma_next, state, likely), strict=True):
-                record[name].append(value)
-            x = x_next
-        views = self._finish(x, texts, sigmas, start, plan.strides, guidance)
-        if shared:  # nothing was drawn: the members are one to the end
-            views = [view[row] for view in views]
-        media = self._decode(torch.stack(views, 1).flatten(0, 1))
-        replay = {name: torch.stack(values, 1) for name, values in record.items() if values}
+        sigmas, samples = self._schedule(plan.steps), len(prompts)
+        rolled = self._roll_out(prompts, plan, key, self.settings.guidance)
+        # A state that several samples are in is decoded once.
+        media = torch.stack([self._decode(view.x)[view.row] for view in rolled.views], 1).flatten(0, 1)
+        replay = dict(rolled.actions)
         if plan.renoise:
-            replay = self._renoise(prompts, views[0], plan.renoise, sigmas, key)
+            clean = rolled.views[0].x[rolled.views[0].row]
+            replay = self._renoise(prompts, clean, plan.renoise, sigmas, key)
         site, actions = self.shape[1:] if self.by_site else (), len(plan.sde_steps) or plan.renoise
         recorded = replay.pop("log_prob", torch.zeros(samples, actions, *site, device=self.device))
         replay["guard"] = sigmas[1].expand(samples)
         mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
-        return Trajectory(Outcome(prompts, media, len(plan.strides)), recorded, mask, replay)
+        if plan.learned is not None:
+            mask &= torch.tensor([step in plan.learned for step in plan.sde_steps], device=self.device)
+        return Trajectory(Outcome(prompts, media, plan.views), recorded, mask, replay, plan, sigmas)
+
+    def _roll_out(self, prompts: Prompts, plan: Plan, key: Key, guidance: float) -> Rollout:
+        texts = self._texts(prompts.text, guidance)
+
+        def velocity(x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+            return self._velocity(x, sigma, texts.of(sample), guidance)
+
+        sigmas = self._schedule(plan.steps)
+        return roll_out(prompts, plan, key, sigmas, self.shape, self.noise, self._dims, velocity)
 
     def _renoise(
         self, prompts: Prompts, clean: Tensor, times: int, sigmas: Tensor, key: Key
     ) -> dict[str, Tensor]:
         """Finished latents noised again, one time drawn in each of `times` equal parts of the schedule."""
-        streams = [generator(*key, "renoise", *name) for name in _names(prompts)]
+        names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
+        streams = [generator(*key, "renoise", *name) for name in names]
         drawn = torch.stack([torch.rand(times, generator=stream) for stream in streams]).to(self.device)
         place = (torch.arange(times, device=self.device) + drawn) / times * (len(sigmas) - 1)
         low = place.long().clamp(max=len(sigmas) - 2)
@@ -243,42 +211,15 @@ class FlowPolicy:
         noise = normals(streams, (times, *self.shape), self.device)
         share = sigma.reshape(*sigma.shape, *[1] * len(self.shape))
         x = (1 - share) * clean[:, None] + share * noise
-        state = torch.stack([state_ids(prompts.group, prompts.member, i, False) for i in range(times)], 1)
+        state = torch.stack([state_ids(prompts.group, prompts.member, i) for i in range(times)], 1)
         return {"x": x, "sigma": sigma, "state": state, "clean": clean}
 
     @torch.no_grad()
     def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor:
         """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own."""
         guidance = self.settings.guidance if guidance is None else guidance
-        x, texts = self._prior(prompts, False, key), self._texts(prompts.text, guidance)
-        return self._decode(self._finish(x, texts, self._schedule(steps), 0, (1,), guidance)[0])
-
-    def _prior(self, prompts: Prompts, shared: bool, key: Key) -> Tensor:
-        names = [name[:1] if shared else name for name in _names(prompts)]
-        return normals([generator(*key, "initial", *name) for name in names], self.shape, self.device)
-
-    def _finish(
-        self, x: Tensor, texts: _Texts, sigmas: Tensor, start: int, strides: Sequence[int], guidance: float
-    ) -> list[Tensor]:
-        """Follow the ODE from step `start` to the end, once per stride; all completions move in one batch.
-
-        They leave from one state, so their first forward is one as well.
-        """
-        end = len(sigmas) - 1
-        paths = [[*range(start, end, stride), end] for stride in strides]
-        views = [x] * len(paths)
-        for hop in range(max(map(len, paths)) - 1):
-            going = [i for i, path in enumerate(paths) if hop + 1 < len(path)]
-            if hop == 0:
-                velocities = [self._velocity(x, sigmas[start].expand(len(x)), texts, guidance)] * len(going)
-            else:
-                sigma = torch.cat([sigmas[paths[i][hop]].expand(len(x)) for i in going])
-                batch = _Texts(texts.tensors, texts.place.repeat(len(going)))
-                together = self._velocity(torch.cat([views[i] for i in going]), sigma, batch, guidance)
-                velocities = list(together.chunk(len(going)))
-            for i, velocity in zip(going, velocities, strict=True):
-                views[i] = euler(views[i], velocity, sigmas[paths[i][hop]], sigmas[paths[i][hop + 1]])
-        return views
+        (view,) = self._roll_out(prompts, Plan(steps), key, guidance).views
+        return self._decode(view.x)[view.row]
 
     def _schedule(self, steps: int) -> Tensor:
         if steps not in self._schedules:
@@ -353,7 +294,7 @@ class FlowPolicy:
         if not len(place):
             return
         row = rows[place]
-        state = _distinct(trajectory.replay["state"][row, column])[1]
+        state = distinct(trajectory.replay["state"][row, column])[1]
         states = max(1, size // self.adapter.rows(self.settings.guidance))
         for first in range(0, int(state.max()) + 1, states):
             inside = (state >= first) & (state < first + states)
@@ -365,7 +306,7 @@ class FlowPolicy:
         The forward counts as train with gradients enabled and as reference otherwise.
         """
         replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
-        first, inverse = _distinct(replay["state"][rows, columns])
+        first, inverse = distinct(replay["state"][rows, columns])
         guidance, text = self.settings.guidance, trajectory.outcome.prompts.text
         count = len(first) * self.adapter.rows(guidance)
         if torch.is_grad_enabled():
@@ -378,9 +319,7 @@ class FlowPolicy:
         if "clean" in replay:
             noised = Noised(x, replay["clean"][rows], sigma.reshape(-1, *[1] * len(self.shape)))
             return Evaluation(trajectory.log_prob[rows, columns], velocity=velocity, noised=noised)
-        sigma_next, x_next = replay["sigma_next"][rows, columns], replay["x_next"][rows, columns]
-        moved = transition(x, velocity, sigma, sigma_next, self.noise, replay["guard"][rows])
-        likely = log_prob(x_next, moved, self.noise, self._dims)
+        moved, likely = retake(trajectory, pick, velocity, self.noise, self._dims)
         return Evaluation(likely, moved.mean, moved.std, velocity, moved.step)
 
     @property
@@ -481,29 +420,6 @@ def add_lora(network: Any, settings: LoraSettings, targets: Sequence[str], seed:
             p.data = p.data.float()
             if ".lora_A." in name:
                 p.data.copy_(normals([generator(seed, "lora", name)], p.shape)[0] / settings.rank)
-
-
-def _names(prompts: Prompts) -> list[tuple[int, int]]:
-    return list(zip(prompts.group.tolist(), prompts.member.tolist(), strict=True))
-
-
-def _leaders(prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """The first row of each group, and for every row the place of its group among them."""
-    first: dict[int, int] = {}
-    groups = prompts.group.tolist()
-    for i, group in enumerate(groups):
-        text, own = prompts.text[first.setdefault(group, i)], prompts.text[i]
-        if text != own:
-            raise ValueError(f"group {group} shares its noise but not its prompt: {text!r} and {own!r}")
-    place = {group: k for k, group in enumerate(first)}
-    return torch.tensor([*first.values()]), torch.tensor([place[group] for group in groups])
-
-
-def _distinct(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each distinct state first occurs, by rising state, and the place of every entry's state there."""
-    values, inverse = torch.unique(state, return_inverse=True)
-    places = torch.arange(len(state))
-    return torch.full_like(values, len(state)).scatter_reduce(0, inverse, places, "amin"), inverse
 
 
 def _on_latent(mask: Tensor, site: Sequence[int]) -> Tensor:

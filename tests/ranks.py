@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
 
+from mmalign.algorithms.branch_grpo import BranchGRPO
+from mmalign.algorithms.dense_grpo import DenseGRPO
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
+from mmalign.algorithms.g2rpo import G2RPO
+from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
 from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
 from mmalign.records import Outcome, RewardSignal
@@ -36,6 +40,26 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "groups split across ranks": {"algorithm": FULL, "groups": 3, "members": 6, "updates": 3},
     "updates that not all ranks take part in": {"algorithm": FULL, "groups": 4, "members": 4, "updates": 4},
     "shared noise, split": {"algorithm": FAST, "groups": 3, "members": 4, "updates": 1},
+    "singular actions, split": {
+        "algorithm": G2RPO(steps=6, trained=(0, 2), strides=(1, 2), clip=1e-2),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+    },
+    "branches of two starts": {
+        "algorithm": TempFlowGRPO(steps=5, starts=2, width=2, clip=1e-2),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+    },
+    "a tree, pruned and split": {
+        "algorithm": BranchGRPO(steps=5, splits=(0, 1), width="top", depth=3, depth_stop=3, clip=1e-2),
+        "groups": 3,
+        "members": 4,
+        "updates": 1,
+        "reward": Patchy(),
+    },
+    "gains of steps": {"algorithm": DenseGRPO(steps=4, clip=1e-2), "groups": 3, "members": 4, "updates": 1},
     "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
 }
 

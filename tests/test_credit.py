@@ -312,8 +312,8 @@ def split(
             [
                 values.double()[order],
                 torch.ones(len(order), values.shape[1], dtype=torch.int64),
-                torch.zeros(len(order), dtype=torch.int64),
-                credit.weigh(whole).sum(1)[order],
+                torch.zeros(len(order), 3, dtype=torch.int64),
+                credit.weigh(whole)[order],
             ]
         )
         peers._gather = lambda _, answers=answers: next(answers)  # type: ignore[misc]

@@ -44,8 +44,12 @@ ONLY_FROM = {
         r"mmalign\.(contracts|copies|randomness|records|sde)",
         "a method's parts know the contracts, not the loop",
     ),
+    r"mmalign\.rollout": (
+        r"mmalign\.(contracts|randomness|records|sde)",
+        "it follows a plan, whatever the network",
+    ),
     r"mmalign\.pipelines\b.*": (
-        r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|sde)",
+        r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|rollout|sde)",
         "a pipeline knows no reward, no credit and no loop",
     ),
     r"mmalign\.rewardmodels\b.*": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mmalign.contracts import Forwards, Key
 from mmalign.copies import Copies
 from mmalign.data import Prompt, PromptSource
-from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
     Masks,
@@ -27,7 +26,8 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.sde import Noise, euler, log_prob, transition
+from mmalign.rollout import distinct, retake, roll_out
+from mmalign.sde import Noise
 
 SHAPE = (4, 2, 2)  # of a latent; three of its channels are the picture
 
@@ -35,7 +35,7 @@ SHAPE = (4, 2, 2)  # of a latent; three of its channels are the picture
 class Velocity(nn.Module):
     """A small network that does the same arithmetic for a sample whatever batch it comes in.
 
-    To that end nothing is a matrix product, and a sample is 16 numbers, a multiple of any vector register.
+    To that end nothing is a matrix product, and transcendental functions are `exact`.
     """
 
     def __init__(self, width: int = 16, prompts: int = 8) -> None:
@@ -48,8 +48,17 @@ class Velocity(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         hidden = _times(x.flatten(1), self.first) + sigma[:, None] * self.time + self.text[text]
-        flat = _times(torch.tanh(hidden), self.last) + _times(x.flatten(1), self.frozen)
+        flat = _times(exact(torch.tanh, hidden), self.last) + _times(x.flatten(1), self.frozen)
         return flat.reshape(x.shape)
+
+
+def exact(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of every element that gives a sample the same in any batch.
+
+    The last elements of a tensor go through other instructions where they do not fill two vector registers,
+    which are 32 numbers at most: two samples of 16.
+    """
+    return function(torch.cat([x, x[-1:]]) if len(x) % 2 else x)[: len(x)]
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -68,59 +77,41 @@ class ToyFlow:
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
-        groups, members = prompts.group.tolist(), prompts.member.tolist()
-        names = [(g,) if plan.share_noise else (g, m) for g, m in zip(groups, members, strict=True)]
-        x = normals([generator(*key, "first", *name) for name in names], SHAPE)
-        streams = [generator(*key, "step", g, m) for g, m in zip(groups, members, strict=True)]
         text, sigmas = torch.tensor([int(t) for t in prompts.text]), torch.linspace(1, 0, plan.steps + 1)
-        kept: list[tuple[Tensor, ...]] = []
-        for i in range(plan.steps):
-            shared = plan.share_noise and (not plan.sde_steps or i <= plan.sde_steps[0])
-            state = (
-                prompts.group * 1000 + i if shared else (prompts.group * 1000 + prompts.member + 1) * 1000 + i
-            )
-            first, inverse = _distinct(state)
-            sigma, after = (sigmas[j].expand(len(prompts)) for j in (i, i + 1))
-            velocity = self.module(x[first], sigma[first], text[first])[inverse]
-            self.forwards.sample += len(first)
-            if i not in plan.sde_steps:
-                x = euler(x, velocity, sigma, after)
-                continue
-            step = transition(x, velocity, sigma, after, self.noise, sigmas[1])
-            y = step.mean + step.std * normals(streams, SHAPE)
-            kept.append((x, y, sigma, after, state, log_prob(y, step, self.noise, self.dims)))
-            x = y
-        names_ = ("x", "next", "sigma", "sigma_next", "state", "log_prob")
-        replay = {
-            name: torch.stack(found, 1) for name, found in zip(names_, zip(*kept, strict=True), strict=True)
-        }
-        replay |= {"text": text, "guard": sigmas[1].expand(len(prompts))}
-        likely = replay.pop("log_prob")
-        media = torch.sigmoid(2 * x)[:, :3]
-        return Trajectory(
-            Outcome(prompts, media), likely, torch.ones(likely.shape[:2], dtype=torch.bool), replay
-        )
+
+        def velocity(x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+            self.forwards.sample += len(x)
+            found: Tensor = self.module(x, sigma, text[sample])
+            return found
+
+        rolled = roll_out(prompts, plan, key, sigmas, SHAPE, self.noise, self.dims, velocity)
+        latents = torch.stack([view.x[view.row] for view in rolled.views], 1).flatten(0, 1)
+        media = exact(torch.sigmoid, 2 * latents)
+        replay = rolled.actions | {"text": text, "guard": sigmas[1].expand(len(prompts))}
+        likely = replay.pop("log_prob", torch.zeros(len(prompts), 0))
+        learned = plan.sde_steps if plan.learned is None else plan.learned
+        mask = torch.tensor([step in learned for step in plan.sde_steps], dtype=torch.bool)
+        outcome = Outcome(prompts, media[:, :3], plan.views)
+        return Trajectory(outcome, likely, mask.repeat(len(prompts), 1), replay, plan, sigmas)
 
     def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
-        columns = trajectory.mask.shape[1]
-        row, column = rows.repeat_interleave(columns), torch.arange(columns).repeat(len(rows))
-        state = torch.unique(trajectory.replay["state"][row, column], return_inverse=True)[1]
-        for first in range(0, int(state.max()) + 1, size):
+        place, column = trajectory.mask[rows].nonzero(as_tuple=True)
+        row = rows[place]
+        state = distinct(trajectory.replay["state"][row, column])[1]
+        for first in range(0, int(state.max()) + 1 if len(state) else 0, size):
             inside = (state >= first) & (state < first + size)
             yield Pick(row[inside], column[inside])
 
     def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
         at, replay = (pick.rows, pick.columns), trajectory.replay
-        x, sigma = replay["x"][at], replay["sigma"][at]
-        first, inverse = _distinct(replay["state"][at])
-        velocity = self.module(x[first], sigma[first], replay["text"][pick.rows][first])[inverse]
+        first, inverse = distinct(replay["state"][at])
+        x, sigma, text = replay["x"][at], replay["sigma"][at], replay["text"][pick.rows]
+        velocity = self.module(x[first], sigma[first], text[first])[inverse]
         if torch.is_grad_enabled():
             self.forwards.train += len(first)
         else:
             self.forwards.reference += len(first)
-        guard = replay["guard"][pick.rows]
-        step = transition(x, velocity, sigma, replay["sigma_next"][at], self.noise, guard)
-        likely = log_prob(replay["next"][at], step, self.noise, self.dims)
+        step, likely = retake(trajectory, pick, velocity, self.noise, self.dims)
         return Evaluation(likely, step.mean, step.std, velocity, step.step)
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
@@ -136,12 +127,6 @@ class ToyFlow:
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         torch.save(dict(state or self.module.state_dict()), folder / "toy.pt")
-
-
-def _distinct(state: Tensor) -> tuple[Tensor, Tensor]:
-    values, inverse = torch.unique(state, return_inverse=True)
-    first = torch.full_like(values, len(state)).scatter_reduce(0, inverse, torch.arange(len(state)), "amin")
-    return first, inverse
 
 
 @dataclass

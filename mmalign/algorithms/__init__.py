@@ -5,7 +5,11 @@ A method of your own needs no entry: name it as `my_package.my_module:MyMethod`.
 """
 
 ALGORITHMS: dict[str, str] = {
+    "branch_grpo": "mmalign.algorithms.branch_grpo:BranchGRPO",
+    "dense_grpo": "mmalign.algorithms.dense_grpo:DenseGRPO",
     "diffusion_nft": "mmalign.algorithms.diffusion_nft:DiffusionNFT",
     "flow_grpo": "mmalign.algorithms.flow_grpo:FlowGRPO",
     "flow_grpo_fast": "mmalign.algorithms.flow_grpo_fast:FlowGRPOFast",
+    "g2rpo": "mmalign.algorithms.g2rpo:G2RPO",
+    "tempflow_grpo": "mmalign.algorithms.tempflow_grpo:TempFlowGRPO",
 }
