@@ -5,6 +5,8 @@ combine    which units add up, and when?                     [B, U] -> K x [B, U
 reach      which actions does a unit speak about?            [B, U] -> [B, S, *site]
 weigh      how loudly does an action speak in the loss?      [B, S]
 
+and a fifth that is seldom asked: keep, which samples take part at all?
+
 Peers may live on other ranks. Their values are gathered and put into an order that depends on the samples'
 names alone, so that the same samples give the same advantage, to the last bit, however they are placed.
 """
@@ -22,6 +24,7 @@ from mmalign.records import Advantage, Prompts, RewardSignal, Trajectory, Unit, 
 
 Normalize = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 Weigh = Callable[[Trajectory], Tensor]
+Keep = Callable[[Tensor, Tensor], Tensor]
 Locate = Callable[[Where, Trajectory], Tensor]
 Gather = Callable[[Tensor], Tensor]
 
@@ -78,6 +81,19 @@ def leave_one_out(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -
     return peers.distance * peers.count / (peers.count - 1).clamp(min=1)
 
 
+def best_and_worst(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
+    """1 for the best of the peers, -1 for the worst, 0 for all others, and for all where they are equal."""
+    peers, out = _statistics(values, valid, group, aligned), torch.zeros_like(values, dtype=torch.float64)
+    for one in torch.unique(group):
+        rows = (group == one).nonzero().flatten()
+        distance = peers.distance[rows] if aligned else peers.distance[rows].reshape(-1, 1)
+        best, worst = distance.argmax(0), distance.argmin(0)
+        found = torch.zeros_like(distance)
+        found.scatter_(0, best[None], 1.0).scatter_(0, worst[None], -1.0)
+        out[rows] = torch.where(distance.abs().amax(0) > 0, found, 0.0).reshape(out[rows].shape)
+    return out
+
+
 def rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
     """Share of the peers that a unit beats less the share that beats it, in [-1, 1]."""
     values, out = values.double(), torch.zeros_like(values, dtype=torch.float64)
@@ -91,6 +107,11 @@ def rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
         wins = (torch.sign(v[:, None] - v[None, :]) * both).sum(1)
         out[rows] = (wins / (both.sum(1) - 1).clamp(min=1)).reshape(shape)
     return out
+
+
+def zscore_of_rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
+    """Distance of a unit's win rate to the mean of its peers', in their standard deviations (Pref-GRPO)."""
+    return zscore(rank(values, valid, group, aligned), valid, group, aligned)
 
 
 @dataclass(frozen=True)
@@ -139,6 +160,26 @@ def per_sample(trajectory: Trajectory) -> Tensor:
 def per_action(trajectory: Trajectory) -> Tensor:
     """Every action speaks equally loudly (for words: the token mean)."""
     return trajectory.mask.cpu().double()
+
+
+# Which samples take part? Each takes the largest size of a sample's advantages [N], and group [N].
+
+
+def everyone(size: Tensor, group: Tensor) -> Tensor:
+    """All that have a verdict."""
+    return torch.ones_like(size, dtype=torch.bool)
+
+
+def varied(size: Tensor, group: Tensor) -> Tensor:
+    """Groups that tell their members apart; one whose advantages are all 0 says nothing."""
+    numbers, row = torch.unique(group, return_inverse=True)
+    loudest = size.new_zeros(len(numbers)).scatter_reduce_(0, row, size, "amax")
+    return loudest[row] > 0
+
+
+def moved(size: Tensor, group: Tensor) -> Tensor:
+    """Samples with an advantage; one of 0 says nothing."""
+    return size > 0
 
 
 # Whom a sample is compared with.
@@ -190,6 +231,7 @@ class Credit:
     reach: Literal["whole", "upstream", "local"] = "local"
     weigh: Weigh = per_sample
     clip: float = 5.0  # bound on the advantage
+    keep: Keep = everyone  # who takes part; the others have no weight
 
     def __call__(
         self,
@@ -225,6 +267,9 @@ class Credit:
             rows = [torch.stack(_alike(rows)).sum(0)]
         values = torch.stack(_alike(rows)).clamp(-self.clip, self.clip)
         counted = torch.stack([_valid(s).any(1) for s in signals]).any(0)
+        if self.keep is not everyone:
+            size = peers.all(values.abs().transpose(0, 1).flatten(1).amax(1))
+            counted = counted & self.keep(size, peers.group)[peers.mine]
         weight = self._loudness(trajectory, counted, peers, part)
         device = trajectory.log_prob.device
         return Advantage(values.float().to(device), weight.float().to(device), names)

@@ -11,21 +11,21 @@ from collections.abc import Callable
 import torch
 
 from mmalign.randomness import generator
-from mmalign.records import Plan
+from mmalign.records import Plan, Renoise
 
 PlanAt = Callable[[int, int], list[Plan]]  # (iteration, seed) -> how to sample in that iteration
 
 
-def every_step(steps: int) -> PlanAt:
+def every_step(steps: int, share_noise: bool = False) -> PlanAt:
     """Flow-GRPO: an action at every step but the last, which draws no noise."""
     if steps < 2:
         raise ValueError(f"steps must be at least 2, because the last step draws no noise; got {steps}")
-    return lambda iteration, seed: [Plan(steps, tuple(range(steps - 1)))]
+    return lambda iteration, seed: [Plan(steps, tuple(range(steps - 1)), share_noise)]
 
 
-def forward_process(steps: int, times: int) -> PlanAt:
-    """DiffusionNFT: the plain ODE, and each finished sample noised again at `times` levels."""
-    return lambda iteration, seed: [Plan(steps, renoise=times)]
+def forward_process(steps: int, renoise: Renoise, given: bool = False) -> PlanAt:
+    """DiffusionNFT and its kin: samples of the plain ODE, or given ones, noised again."""
+    return lambda iteration, seed: [Plan(steps, renoise=renoise, given=given)]
 
 
 def random_window(steps: int, width: int, starts: range, share_noise: bool) -> PlanAt:

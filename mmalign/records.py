@@ -11,9 +11,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """How finished samples are noised again; each of the noised states is an action."""
+
+    times: int = 4  # noise levels a sample; more lower the variance and cost forwards
+    # schedule: one level drawn in each of `times` equal parts of the sampler's schedule, so as dense as it
+    # is; grid: the same, at its points; uniform: in equal parts of sigma.
+    law: Literal["schedule", "grid", "uniform"] = "schedule"
+    span: tuple[float, float] = (0.0, 1.0)  # part that is used, from noise (0) to clean (1)
+    shared: bool = False  # noise the members of a group alike: one noise, equal levels
+
+    def __post_init__(self) -> None:
+        if self.times < 1:
+            raise ValueError(f"times must be at least 1, got {self.times}")
+        if self.law not in ("schedule", "grid", "uniform"):
+            raise ValueError(f"law must be one of schedule, grid, uniform, got {self.law!r}")
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"span must rise within 0..1, got {self.span}")
 
 
 @dataclass(frozen=True)
@@ -24,15 +45,16 @@ class Plan:
     actions); every other step follows the ODE. share_noise: members of a group start from one initial noise,
     so that they are one and the same sample up to their first action. strides: after the last action the
     schedule is finished once per stride, taking every stride-th step; each gives one completion (a view) of
-    the same actions. renoise: for methods of the forward process, which take no action while sampling: every
-    finished sample is noised again at so many times, and each of these noised states is an action.
+    the same actions. renoise: for methods of the forward process, which take no action while sampling.
+    given: nothing is drawn, the samples are the media that the prompts name.
     """
 
     steps: int
     sde_steps: tuple[int, ...] = ()
     share_noise: bool = False
     strides: tuple[int, ...] = (1,)
-    renoise: int = 0
+    renoise: Renoise | None = None
+    given: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -46,11 +68,18 @@ class Plan:
             )
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be positive and at least one, got {self.strides}")
-        if self.renoise < 0 or (self.renoise and (self.sde_steps or self.strides != (1,))):
+        if (self.renoise or self.given) and (self.sde_steps or self.strides != (1,)):
             raise ValueError(
-                f"renoise must not be negative and goes with ODE sampling alone, got renoise={self.renoise}, "
-                f"sde_steps={self.sde_steps}, strides={self.strides}"
+                f"renoise and given go with neither sde_steps nor strides, got sde_steps={self.sde_steps}, "
+                f"strides={self.strides}"
             )
+        if self.given and self.renoise is None:
+            raise ValueError("given samples have no actions unless they are noised again: set renoise")
+
+    @property
+    def actions(self) -> int:
+        """How many actions each sample takes, S."""
+        return self.renoise.times if self.renoise else len(self.sde_steps)
 
 
 @dataclass(frozen=True)
@@ -220,15 +249,23 @@ class Pick:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, places: Tensor) -> Pick:
+        """The actions at `places` [m] (int64)."""
+        return Pick(self.rows[places], self.columns[places])
+
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Picked actions with the credit that they got; advantage: [K, n, *site], weight: [n, *site]."""
+    """Picked actions with the credit that they got; advantage: [K, n, *site], weight: [n, *site].
+
+    fresh: the parameters are still those that sampled.
+    """
 
     trajectory: Trajectory
     pick: Pick
     advantage: Tensor
     weight: Tensor
+    fresh: bool = False
 
     @property
     def log_prob(self) -> Tensor:

@@ -39,7 +39,7 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.sde import Noise, euler, log_prob, transition
+from mmalign.sde import Noise, euler, levels, log_prob, transition
 
 Condition = Mapping[str, Tensor]  # what the network sees of a text
 
@@ -95,6 +95,10 @@ class FlowAdapter(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Media of clean latents, [n, 3, H, W] or [n, F, 3, H, W] with values in [0, 1]."""
+        ...
+
+    def latents(self, media: Tensor) -> Tensor:
+        """Clean latents in fp32 of media as `decode` gives them: the mean of the encoder, without noise."""
         ...
 
 
@@ -192,6 +196,9 @@ class FlowPolicy:
                 f"noise.level is 0, zero SDE noise with an SDE algorithm: steps {plan.sde_steps} are to be "
                 "stochastic; give it a level above 0, or a plan without sde_steps"
             )
+        if plan.given:
+            media, clean = self._given(prompts)
+            return self._renoised(prompts, clean, media, plan, key)
         sigmas, guidance, samples = self._schedule(plan.steps), self.settings.guidance, len(prompts)
         # Until the first action a row is a group where noise is shared, and a sample otherwise.
         shared = plan.share_noise
@@ -222,29 +229,45 @@ class FlowPolicy:
         if shared:  # nothing was drawn: the members are one to the end
             views = [view[row] for view in views]
         media = self._decode(torch.stack(views, 1).flatten(0, 1))
-        replay = {name: torch.stack(values, 1) for name, values in record.items() if values}
         if plan.renoise:
-            replay = self._renoise(prompts, views[0], plan.renoise, sigmas, key)
-        site, actions = self.shape[1:] if self.by_site else (), len(plan.sde_steps) or plan.renoise
+            return self._renoised(prompts, views[0], media, plan, key)
+        replay = {name: torch.stack(values, 1) for name, values in record.items() if values}
+        site, actions = self.shape[1:] if self.by_site else (), plan.actions
         recorded = replay.pop("log_prob", torch.zeros(samples, actions, *site, device=self.device))
         replay["guard"] = sigmas[1].expand(samples)
         mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
         return Trajectory(Outcome(prompts, media, len(plan.strides)), recorded, mask, replay)
 
-    def _renoise(
-        self, prompts: Prompts, clean: Tensor, times: int, sigmas: Tensor, key: Key
-    ) -> dict[str, Tensor]:
-        """Finished latents noised again, one time drawn in each of `times` equal parts of the schedule."""
-        streams = [generator(*key, "renoise", *name) for name in _names(prompts)]
+    def _renoised(self, prompts: Prompts, clean: Tensor, media: Tensor, plan: Plan, key: Key) -> Trajectory:
+        """The trajectory of finished latents whose actions are the states that they are noised to again."""
+        assert plan.renoise is not None
+        times, alike = plan.renoise.times, plan.renoise.shared
+        streams = [generator(*key, "renoise", *(name[:1] if alike else name)) for name in _names(prompts)]
         drawn = torch.stack([torch.rand(times, generator=stream) for stream in streams]).to(self.device)
-        place = (torch.arange(times, device=self.device) + drawn) / times * (len(sigmas) - 1)
-        low = place.long().clamp(max=len(sigmas) - 2)
-        sigma = torch.lerp(sigmas[low], sigmas[low + 1], place - low)  # [B, times]
+        sigma = levels(plan.renoise, self._schedule(plan.steps), drawn)  # [B, times]
         noise = normals(streams, (times, *self.shape), self.device)
         share = sigma.reshape(*sigma.shape, *[1] * len(self.shape))
         x = (1 - share) * clean[:, None] + share * noise
         state = torch.stack([state_ids(prompts.group, prompts.member, i, False) for i in range(times)], 1)
-        return {"x": x, "sigma": sigma, "state": state, "clean": clean}
+        site = self.shape[1:] if self.by_site else ()
+        return Trajectory(
+            Outcome(prompts, media),
+            torch.zeros(len(prompts), times, *site, device=self.device),
+            torch.ones(len(prompts), times, dtype=torch.bool, device=self.device),
+            {"x": x, "sigma": sigma, "state": state, "clean": clean},
+        )
+
+    def _given(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """The pictures that the prompts name as their `image`, at the policy's size, and their latents."""
+        files = [extra.get("image") for extra in prompts.extra]
+        for text, file in zip(prompts.text, files, strict=True):
+            if not isinstance(file, str):
+                raise ValueError(f'prompt {text!r} names no picture: it needs a path under "image"')
+        scale = self.adapter.pipeline.vae_scale_factor
+        height, width = (places * scale for places in self.shape[-2:])
+        media = torch.stack([read_picture(str(file), height, width) for file in files]).to(self.device)
+        rows = max(1, DECODED_PLACES // prod(self.shape[1:]))
+        return media, torch.cat([self.adapter.latents(part) for part in torch.split(media, rows)])
 
     @torch.no_grad()
     def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor:
@@ -359,14 +382,16 @@ class FlowPolicy:
             inside = (state >= first) & (state < first + states)
             yield Pick(row[inside], column[inside])
 
-    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
+    def evaluate(self, trajectory: Trajectory, pick: Pick, guidance: float | None = None) -> Evaluation:
         """How likely the picked actions are now, by one forward of their distinct states.
 
-        The forward counts as train with gradients enabled and as reference otherwise.
+        guidance: of this forward; None is the policy's own. The forward counts as train with gradients
+        enabled and as reference otherwise.
         """
         replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
         first, inverse = _distinct(replay["state"][rows, columns])
-        guidance, text = self.settings.guidance, trajectory.outcome.prompts.text
+        guidance = self.settings.guidance if guidance is None else guidance
+        text = trajectory.outcome.prompts.text
         count = len(first) * self.adapter.rows(guidance)
         if torch.is_grad_enabled():
             self.forwards.train += count
@@ -504,6 +529,19 @@ def _distinct(state: Tensor) -> tuple[Tensor, Tensor]:
     values, inverse = torch.unique(state, return_inverse=True)
     places = torch.arange(len(state))
     return torch.full_like(values, len(state)).scatter_reduce(0, inverse, places, "amin"), inverse
+
+
+def read_picture(file: str, height: int, width: int) -> Tensor:
+    """A picture file as [3, height, width] in [0, 1], its middle scaled to fill that size."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as picture:
+            fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(height, width, 3).permute(2, 0, 1).float() / 255
 
 
 def _on_latent(mask: Tensor, site: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
     Masks,
+    Noised,
     Outcome,
     Pick,
     Plan,
@@ -27,7 +28,7 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.sde import Noise, euler, log_prob, transition
+from mmalign.sde import Noise, euler, levels, log_prob, transition
 
 SHAPE = (4, 2, 2)  # of a latent; three of its channels are the picture
 
@@ -90,16 +91,31 @@ class ToyFlow:
             y = step.mean + step.std * normals(streams, SHAPE)
             kept.append((x, y, sigma, after, state, log_prob(y, step, self.noise, self.dims)))
             x = y
+        media = torch.sigmoid(2 * x)[:, :3]
+        if plan.renoise:
+            return self._renoised(prompts, x, media, text, sigmas, plan, key)
         names_ = ("x", "next", "sigma", "sigma_next", "state", "log_prob")
         replay = {
             name: torch.stack(found, 1) for name, found in zip(names_, zip(*kept, strict=True), strict=True)
         }
         replay |= {"text": text, "guard": sigmas[1].expand(len(prompts))}
         likely = replay.pop("log_prob")
-        media = torch.sigmoid(2 * x)[:, :3]
         return Trajectory(
             Outcome(prompts, media), likely, torch.ones(likely.shape[:2], dtype=torch.bool), replay
         )
+
+    def _renoised(self, prompts, clean, media, text, sigmas, plan, key) -> Trajectory:
+        names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
+        streams = [generator(*key, "renoise", g, *([] if plan.renoise.shared else [m])) for g, m in names]
+        times = plan.renoise.times
+        drawn = torch.stack([torch.rand(times, generator=stream) for stream in streams])
+        sigma, noise = levels(plan.renoise, sigmas, drawn), normals(streams, (times, *SHAPE))
+        share = sigma.reshape(*sigma.shape, 1, 1, 1)
+        state = ((prompts.group * 1000 + prompts.member + 1) * 1000)[:, None] + torch.arange(times)
+        x = (1 - share) * clean[:, None] + share * noise
+        replay = {"x": x, "sigma": sigma, "state": state, "clean": clean, "text": text}
+        mask = torch.ones(len(prompts), times, dtype=torch.bool)
+        return Trajectory(Outcome(prompts, media), torch.zeros(len(prompts), times), mask, replay)
 
     def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
         columns = trajectory.mask.shape[1]
@@ -109,7 +125,7 @@ class ToyFlow:
             inside = (state >= first) & (state < first + size)
             yield Pick(row[inside], column[inside])
 
-    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
+    def evaluate(self, trajectory: Trajectory, pick: Pick, guidance: float | None = None) -> Evaluation:
         at, replay = (pick.rows, pick.columns), trajectory.replay
         x, sigma = replay["x"][at], replay["sigma"][at]
         first, inverse = _distinct(replay["state"][at])
@@ -118,6 +134,9 @@ class ToyFlow:
             self.forwards.train += len(first)
         else:
             self.forwards.reference += len(first)
+        if "clean" in replay:
+            noised = Noised(x, replay["clean"][pick.rows], sigma.reshape(-1, 1, 1, 1))
+            return Evaluation(trajectory.log_prob[at], velocity=velocity, noised=noised)
         guard = replay["guard"][pick.rows]
         step = transition(x, velocity, sigma, replay["sigma_next"][at], self.noise, guard)
         likely = log_prob(replay["next"][at], step, self.noise, self.dims)
@@ -136,6 +155,9 @@ class ToyFlow:
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         torch.save(dict(state or self.module.state_dict()), folder / "toy.pt")
+
+    def load(self, folder: Path) -> None:
+        self.module.load_state_dict(torch.load(folder / "toy.pt", weights_only=True))
 
 
 def _distinct(state: Tensor) -> tuple[Tensor, Tensor]:
