@@ -18,10 +18,11 @@ import yaml
 
 from mmalign import __version__, checkpoints, grids, report
 from mmalign.config import ConfigError, RunConfig
-from mmalign.contracts import PolicySettings, RewardModel
+from mmalign.contracts import PairwiseReward, PolicySettings, Reward
 from mmalign.data import PromptSource, read_prompts
 from mmalign.distributed import Distributed
 from mmalign.evaluation import Evaluator, Shown, repeat
+from mmalign.pairwise import win_rates
 from mmalign.pipelines import load as load_policy
 from mmalign.pipelines import pipeline_class
 from mmalign.pipelines.flow import FlowPolicy
@@ -158,6 +159,8 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
     rewards, weights = make_rewards(config)
     algorithm: Algorithm = config.algorithm.build(weights)
     check_noise(algorithm, config.training.seed)
+    for written in algorithm.loaded.values():
+        checkpoints.weights_of(written)
     policy = make_policy(config.policy, algorithm.noise, distributed.device, config.training.seed)
     tracker: Tracker = NoTracker()
     if write and distributed.is_main:
@@ -195,7 +198,7 @@ def make_policy(
     return load_policy(settings, noise, device, seed=seed)
 
 
-def make_rewards(config: RunConfig) -> tuple[list[RewardModel], dict[str, float]]:
+def make_rewards(config: RunConfig) -> tuple[list[Reward], dict[str, float]]:
     """The reward models, and their weights by the names that they give themselves."""
     rewards = [load_reward(name, **reward.settings) for name, reward in config.rewards.items()]
     weights = {r.name: given.weight for r, given in zip(rewards, config.rewards.values(), strict=True)}
@@ -214,14 +217,15 @@ def check_noise(algorithm: Algorithm, seed: int) -> None:
 
 
 @torch.no_grad()
-def probe(rewards: Sequence[RewardModel], policy: FlowPolicy, evaluator: Evaluator) -> None:
+def probe(rewards: Sequence[Reward], policy: FlowPolicy, evaluator: Evaluator) -> None:
     """Show every reward two pictures, drawn in one step, so that what it cannot do comes out now."""
     prompts = repeat(evaluator.prompts, [0], 2)
     before = policy.forwards.sample
     images = policy.images(prompts, 1, (0, "probe"))
     policy.forwards.sample = before
     for reward in rewards:
-        _, reasons = judge(reward, Outcome(prompts, images))
+        shown = Outcome(prompts, images)
+        _, reasons = win_rates(reward, shown) if isinstance(reward, PairwiseReward) else judge(reward, shown)
         raised = [reason for reason in reasons if not reason.startswith("the value is not finite")]
         if raised and sum(reasons.values()) == len(prompts):
             raise ConfigError(f"reward {reward.name!r} fails on what this policy draws: {raised[0]}")
@@ -299,6 +303,7 @@ def derive(
     sample, train = (
         groups * rows * sum(cost[i] for plans in costs for cost in plans) / len(costs) for i in (0, 1)
     )
+    frozen = [*algorithm.copies, *algorithm.loaded]
     actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})
     judged = sum(plan.views for plan in found[0])
     updates = f"{settings.updates}, each over {groups // settings.updates} of the groups"
@@ -312,6 +317,6 @@ def derive(
         "pictures judged an iteration": f"{judged} x {samples} = {judged * samples}",
         "updates an iteration": updates,
         "forwards an iteration": f"{sample:.0f} to sample, {train:.0f} to train"
-        + "".join(f", {train:.0f} of the {name} policy" for name in algorithm.copies),
+        + (f", at most {train:.0f} of each frozen policy ({', '.join(frozen)})" if frozen else ""),
         "network rows of a forward": f"at most {policy.chunk} to sample, {config.training.batch} to train",
     }

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from mmalign.copies import Copies
 from mmalign.records import Evaluation, Outcome, Pick, Plan, Prompts, RewardSignal, Trajectory, Where
 
+Media = Tensor | list[str]
 Key = tuple[int | str, ...]  # names a stream of random numbers: (seed, purpose, iteration, ...)
+
+
+class RewardError(RuntimeError):
+    """A reward that cannot be trained on; the message names it and says what it did."""
 
 
 @dataclass
@@ -46,8 +51,11 @@ class Policy(Protocol):
         """All unmasked actions of the samples `rows` [b], in forwards of at most `size` network rows."""
         ...
 
-    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
-        """How likely the picked actions are under the present parameters, with gradients if enabled."""
+    def evaluate(self, trajectory: Trajectory, pick: Pick, guidance: float | None = None) -> Evaluation:
+        """How likely the picked actions are under the present parameters, with gradients if enabled.
+
+        guidance: classifier-free guidance of this forward; None is the policy's own.
+        """
         ...
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
@@ -61,6 +69,10 @@ class Policy(Protocol):
         """
         ...
 
+    def load(self, folder: Path) -> None:
+        """Take the trainable parameters from what `save` wrote; ValueError where they do not fit."""
+        ...
+
 
 class RewardModel(Protocol):
     """Scores outcomes, at whatever grain it can."""
@@ -68,6 +80,24 @@ class RewardModel(Protocol):
     name: str
 
     def __call__(self, outcome: Outcome) -> RewardSignal: ...
+
+
+@runtime_checkable
+class PairwiseReward(Protocol):
+    """A judge that compares two samples of one prompt; `mmalign.pairwise` makes win rates of its verdicts."""
+
+    name: str
+    both_orders: bool  # ask for each pair twice, either sample first: a preference for a place cancels out
+
+    def prefer(self, prompts: Prompts, first: Media, second: Media) -> Tensor:
+        """How far the first sample of each pair is preferred, [n]: 1, 0, or 1/2 for a tie; NaN: no verdict.
+
+        first, second: n images [n, C, H, W], videos, or strings, made for the same n prompts.
+        """
+        ...
+
+
+Reward = RewardModel | PairwiseReward
 
 
 @runtime_checkable

@@ -81,6 +81,19 @@ def leave_one_out(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -
     return peers.distance * peers.count / (peers.count - 1).clamp(min=1)
 
 
+def best_and_worst(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
+    """1 for the best of the peers, -1 for the worst, 0 for all others, and for all where they are equal."""
+    peers, out = _statistics(values, valid, group, aligned), torch.zeros_like(values, dtype=torch.float64)
+    for one in torch.unique(group):
+        rows = (group == one).nonzero().flatten()
+        distance = peers.distance[rows] if aligned else peers.distance[rows].reshape(-1, 1)
+        best, worst = distance.argmax(0), distance.argmin(0)
+        found = torch.zeros_like(distance)
+        found.scatter_(0, best[None], 1.0).scatter_(0, worst[None], -1.0)
+        out[rows] = torch.where(distance.abs().amax(0) > 0, found, 0.0).reshape(out[rows].shape)
+    return out
+
+
 def rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
     """Share of the peers that a unit beats less the share that beats it, in [-1, 1]."""
     values, out = values.double(), torch.zeros_like(values, dtype=torch.float64)
@@ -94,6 +107,11 @@ def rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
         wins = (torch.sign(v[:, None] - v[None, :]) * both).sum(1)
         out[rows] = (wins / (both.sum(1) - 1).clamp(min=1)).reshape(shape)
     return out
+
+
+def zscore_of_rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
+    """Distance of a unit's win rate to the mean of its peers', in their standard deviations (Pref-GRPO)."""
+    return zscore(rank(values, valid, group, aligned), valid, group, aligned)
 
 
 @dataclass(frozen=True)
@@ -185,6 +203,27 @@ Read = Callable[[RewardSignal, Trajectory, Peers], RewardSignal]
 Select = Callable[[Tensor, Tensor, Trajectory, Peers], Tensor]
 
 
+# Which actions are learned from after all? The advantage is not bounded yet; a factor may be [B, 1].
+
+
+def varied(advantage: Tensor, counted: Tensor, trajectory: Trajectory, peers: Peers) -> Tensor:
+    """Groups that tell their members apart; one whose advantages are all 0 says nothing."""
+    _, row = torch.unique(peers.group, return_inverse=True)
+    size = peers.all(_size(advantage))
+    loudest = size.new_zeros(len(size)).scatter_reduce_(0, row, size, "amax")
+    return (loudest[row] > 0)[peers.mine, None]
+
+
+def moved(advantage: Tensor, counted: Tensor, trajectory: Trajectory, peers: Peers) -> Tensor:
+    """Samples with an advantage; one of 0 says nothing."""
+    return (_size(advantage) > 0)[:, None]
+
+
+def _size(advantage: Tensor) -> Tensor:
+    """The largest size of each sample's advantages [K, B, S, *site], [B]."""
+    return advantage.abs().transpose(0, 1).flatten(1).amax(1)
+
+
 @dataclass(frozen=True)
 class Credit:
     """A recipe for turning reward signals into an advantage."""
@@ -227,12 +266,13 @@ class Credit:
         names = tuple(s.name for s in signals) if self.combine == "apart" else ("total",)
         if self.combine != "apart":
             rows = [torch.stack(_alike(rows)).sum(0)]
-        values = torch.stack(_alike(rows)).clamp(-self.clip, self.clip)
+        values = torch.stack(_alike(rows))
         sites = [1] * (trajectory.log_prob.ndim - 2)
         counted = torch.stack([_valid(s).any(1) for s in signals]).any(0)
         weight = self.weigh(trajectory).cpu().double() * counted[:, None]  # [B, S]
         if self.select is not None:
             weight = weight * self.select(values, counted, trajectory, peers)
+        values = values.clamp(-self.clip, self.clip)
         if self.scale is not None:
             scale = self.scale(trajectory).cpu().double()
             values = values * scale.reshape(*scale.shape, *sites)

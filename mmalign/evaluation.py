@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from mmalign.contracts import Forwards, Key, RewardModel
+from mmalign.contracts import Forwards, Key, PairwiseReward, Reward, RewardModel
 from mmalign.data import Prompt
 from mmalign.grids import Panel
 from mmalign.randomness import generator
@@ -334,12 +334,14 @@ class Evaluator:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        rewards: Sequence[RewardModel],
+        rewards: Sequence[Reward],
         settings: EvaluationSettings,
         distributed: Gathers,
     ) -> None:
         self.prompts = [prompts[place] for place in spread(len(prompts), settings.prompts)]
-        self.rewards, self.settings, self.distributed = list(rewards), settings, distributed
+        # A judge of pairs has no verdict on a picture by itself.
+        self.rewards = [reward for reward in rewards if not isinstance(reward, PairwiseReward)]
+        self.settings, self.distributed = settings, distributed
         self.on_grid = spread(len(self.prompts), min(settings.show, len(self.prompts)))
 
     def scores(self, policy: Draws) -> tuple[Evaluated, Shown]:

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from mmalign.randomness import generator
-from mmalign.records import Plan
+from mmalign.records import Plan, Renoise
 
 PlanAt = Callable[[int, int], list[Plan]]  # (iteration, seed) -> how to sample in that iteration
 
 
-def every_step(steps: int) -> PlanAt:
+def every_step(steps: int, share_noise: bool = False) -> PlanAt:
     """Flow-GRPO: an action at every step but the last, which draws no noise."""
     if steps < 2:
         raise ValueError(f"steps must be at least 2, because the last step draws no noise; got {steps}")
-    return lambda iteration, seed: [Plan(steps, tuple(range(steps - 1)))]
+    return lambda iteration, seed: [Plan(steps, tuple(range(steps - 1)), share_noise)]
 
 
-def forward_process(steps: int, times: int) -> PlanAt:
-    """DiffusionNFT: the plain ODE, and each finished sample noised again at `times` levels."""
-    return lambda iteration, seed: [Plan(steps, renoise=times)]
+def forward_process(steps: int, renoise: Renoise, given: bool = False) -> PlanAt:
+    """DiffusionNFT and its kin: samples of the plain ODE, or given ones, noised again."""
+    return lambda iteration, seed: [Plan(steps, renoise=renoise, given=given)]
 
 
 def random_window(steps: int, width: int, starts: range, share_noise: bool) -> PlanAt:
@@ -69,6 +69,9 @@ def forwards(plan: Plan, group: Tensor, member: Tensor) -> tuple[int, int]:
     def states(kin: Tensor) -> int:
         return len(torch.unique(torch.stack([group, kin], 1), dim=0))
 
+    train = states(member) * plan.actions if plan.renoise else 0
+    if plan.given:
+        return 0, train
     before = [states(plan.kin(member, step)) for step in range(plan.last + 1)]
     leaves = [(step + 1, before[step]) for step in plan.sde_steps if plan.values]
     if plan.singular:
@@ -80,4 +83,4 @@ def forwards(plan: Plan, group: Tensor, member: Tensor) -> tuple[int, int]:
         ways = [plan.way(start, stride) for stride in plan.strides]
         sample += rows * len({way[:end] for way in ways for end in range(1, len(way))})
     learned = plan.sde_steps if plan.learned is None else plan.learned
-    return sample, states(member) * plan.renoise + sum(before[step] for step in learned)
+    return sample, train + sum(before[step] for step in learned)

@@ -11,9 +11,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """How finished samples are noised again; each of the noised states is an action."""
+
+    times: int = 4  # noise levels a sample; more lower the variance and cost forwards
+    # schedule: one level drawn in each of `times` equal parts of the sampler's schedule, so as dense as it
+    # is; grid: the same, at its points; uniform: in equal parts of sigma.
+    law: Literal["schedule", "grid", "uniform"] = "schedule"
+    span: tuple[float, float] = (0.0, 1.0)  # part that is used, from noise (0) to clean (1)
+    shared: bool = False  # noise the members of a group alike: one noise, equal levels
+
+    def __post_init__(self) -> None:
+        if self.times < 1:
+            raise ValueError(f"times must be at least 1, got {self.times}")
+        if self.law not in ("schedule", "grid", "uniform"):
+            raise ValueError(f"law must be one of schedule, grid, uniform, got {self.law!r}")
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"span must rise within 0..1, got {self.span}")
 
 
 @dataclass(frozen=True)
@@ -36,15 +57,17 @@ class Plan:
     the action, in their order. strides: each of these is finished once per stride, by one step of the
     schedule and then every stride-th.
 
-    renoise: for methods of the forward process, which take no action while sampling: every finished sample is
-    noised again at so many times, and each of these noised states is an action.
+    Methods that take no action while sampling:
+    renoise: the finished samples are noised again, and each of the noised states is an action. given: nothing
+    is drawn either, the samples are the media that the prompts name.
     """
 
     steps: int
     sde_steps: tuple[int, ...] = ()
     share_noise: bool = False
     strides: tuple[int, ...] = (1,)
-    renoise: int = 0
+    renoise: Renoise | None = None
+    given: bool = False
     levels: tuple[float, ...] | None = None
     learned: tuple[int, ...] | None = None
     starts: int = 1
@@ -66,11 +89,13 @@ class Plan:
             )
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be positive and at least one, got {self.strides}")
-        if self.renoise < 0 or (self.renoise and (self.sde_steps or self.strides != (1,))):
+        if (self.renoise or self.given) and (self.sde_steps or self.strides != (1,)):
             raise ValueError(
-                f"renoise must not be negative and goes with ODE sampling alone, got renoise={self.renoise}, "
-                f"sde_steps={self.sde_steps}, strides={self.strides}"
+                f"renoise and given go with neither sde_steps nor strides, got sde_steps={self.sde_steps}, "
+                f"strides={self.strides}"
             )
+        if self.given and self.renoise is None:
+            raise ValueError("given samples have no actions unless they are noised again: set renoise")
         self._check_tree()
 
     def _check_tree(self) -> None:
@@ -92,6 +117,11 @@ class Plan:
             raise ValueError("singular and values speak of actions, but sde_steps is empty")
         if self.singular and (self.values or self.splits):
             raise ValueError("singular goes with neither values nor splits: its actions lie side by side")
+
+    @property
+    def actions(self) -> int:
+        """How many actions each sample takes, S."""
+        return self.renoise.times if self.renoise else len(self.sde_steps)
 
     @property
     def last(self) -> int:
@@ -305,15 +335,23 @@ class Pick:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def take(self, places: Tensor) -> Pick:
+        """The actions at `places` [m] (int64)."""
+        return Pick(self.rows[places], self.columns[places])
+
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Picked actions with the credit that they got; advantage: [K, n, *site], weight: [n, *site]."""
+    """Picked actions with the credit that they got; advantage: [K, n, *site], weight: [n, *site].
+
+    fresh: the parameters are still those that sampled.
+    """
 
     trajectory: Trajectory
     pick: Pick
     advantage: Tensor
     weight: Tensor
+    fresh: bool = False
 
     @property
     def log_prob(self) -> Tensor:

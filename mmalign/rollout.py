@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mmalign.contracts import Key
 from mmalign.randomness import generator, normals
-from mmalign.records import Pick, Plan, Prompts, Trajectory
-from mmalign.sde import Noise, Transition, euler, log_prob, transition
+from mmalign.records import Pick, Plan, Prompts, Renoise, Trajectory
+from mmalign.sde import Noise, Transition, euler, levels, log_prob, transition
 
 RECORDED = ("x", "x_next", "sigma", "sigma_next", "state", "log_prob")  # of every action
 
@@ -159,6 +159,21 @@ class _Walk:
         names = zip(self.group[sample].tolist(), kin.tolist(), strict=True)
         streams = [generator(*self.key, purpose, step, *name) for name in names]
         return normals(streams, self.shape, self.sigmas.device)
+
+
+def noise_again(
+    prompts: Prompts, clean: Tensor, renoise: Renoise, sigmas: Tensor, key: Key
+) -> dict[str, Tensor]:
+    """Finished latents [B, *latent] noised again: x [B, times, *latent] at sigma [B, times], by name."""
+    times, names = renoise.times, zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
+    streams = [generator(*key, "renoise", *(name[:1] if renoise.shared else name)) for name in names]
+    drawn = torch.stack([torch.rand(times, generator=stream) for stream in streams])
+    sigma = levels(renoise, sigmas, drawn.to(clean.device))
+    noise = normals(streams, (times, *clean.shape[1:]), clean.device)
+    share = sigma.reshape(*sigma.shape, *[1] * (clean.ndim - 1))
+    x = (1 - share) * clean[:, None] + share * noise
+    state = torch.stack([state_ids(prompts.group, prompts.member, i) for i in range(times)], 1)
+    return {"x": x, "sigma": sigma, "state": state, "clean": clean}
 
 
 def siblings(common: Tensor, own: Tensor, correlation: float) -> Tensor:

@@ -25,6 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmalign.records import Renoise
+
 AT_NOISE = 1 - 1e-6  # from here on sigma counts as 1, where flow's g is infinite
 
 
@@ -117,6 +119,23 @@ def log_prob(x_next: Tensor, transition: Transition, noise: Noise, dims: tuple[i
     if not dims:
         return density
     return density.mean(dims) if noise.reduction == "mean" else density.sum(dims)
+
+
+def levels(renoise: Renoise, sigmas: Tensor, drawn: Tensor) -> Tensor:
+    """Noise levels [n, times], falling along each row; one in each of `times` equal parts of the span.
+
+    sigmas: schedule [steps + 1] that falls to 0. drawn: [n, times] in [0, 1), the place in each part.
+    """
+    low, high = renoise.span
+    parts = (torch.arange(renoise.times, device=drawn.device) + drawn) / renoise.times
+    share = (low + (high - low) * parts).clamp(max=1 - 1e-6)  # rounding must not reach sigma = 0
+    if renoise.law == "uniform":
+        return sigmas[0] * (1 - share)
+    place = share * (len(sigmas) - 1)
+    point = place.long().clamp(max=len(sigmas) - 2)
+    if renoise.law == "grid":
+        return sigmas[point]
+    return torch.lerp(sigmas[point], sigmas[point + 1], place - point)
 
 
 def _precise(x: Tensor) -> Tensor:

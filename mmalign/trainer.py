@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmalign import checkpoints
 from mmalign.contracts import Key, LearnedReward, Policy
+from mmalign.coupling import Coupled
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed, local
 from mmalign.health import Clock, peak_memory
@@ -98,16 +99,22 @@ class Algorithm:
 
     plans: PlanAt
     credit: Credit
-    objective: Objective
+    objective: Objective | Coupled
     noise: Noise  # of the policy's stochastic steps
     update: Update = field(default_factory=Summed)
     # Frozen copies of the parameters taken at the start, and how much of itself each keeps after an iteration
     # (a number, or a function of the iteration) as it follows the live ones: 1 never moves, 0 is that
     # of the last iteration.
     copies: Mapping[str, float | Callable[[int], float]] = field(default_factory=dict)
-    sampler: str | None = None  # the copy that samples; None: the live parameters
+    # Copies read from folders that runs have written, and which stay as they are.
+    loaded: Mapping[str, Path] = field(default_factory=dict)
+    # The copy that samples, or which one does in an iteration; None: the live parameters.
+    sampler: str | Callable[[int], str | None] | None = None
     apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
     adaptive: Adaptive | None = None  # what the plans or the credit depend on beside iteration and seed
+
+    def sampled_by(self, iteration: int) -> str | None:
+        return self.sampler(iteration) if callable(self.sampler) else self.sampler
 
 
 class Source(Protocol):
@@ -245,7 +252,7 @@ class Trainer:
         key: Key = (self.settings.seed, "sample", *place)
         before = self.policy.forwards.sample
         with self.clock("sample"):
-            sampler = self.algorithm.sampler
+            sampler = self.algorithm.sampled_by(place[0])
             with self.policy.copies.use(sampler) if sampler else nullcontext():
                 trajectory = self.policy.sample(prompts, plan, key)
         cost = (self.policy.forwards.sample - before) / max(1, len(prompts))
@@ -259,7 +266,7 @@ class Trainer:
             if self.algorithm.adaptive is not None:
                 metrics |= self.algorithm.adaptive.observe(scores.signals, trajectory, peers)
         with self.clock("update"):
-            metrics |= self.learner.learn(trajectory, advantage, part, plan)
+            metrics |= self.learner.learn(trajectory, advantage, part, plan, peers, sampler is None)
         with self.clock("fit"):
             for reward in self.scorer.rewards:
                 if isinstance(reward, LearnedReward):

@@ -39,7 +39,7 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.rollout import Rollout, distinct, retake, roll_out, state_ids
+from mmalign.rollout import Rollout, distinct, noise_again, retake, roll_out
 from mmalign.sde import Noise
 
 Condition = Mapping[str, Tensor]  # what the network sees of a text
@@ -95,6 +95,10 @@ class FlowAdapter(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Media of clean latents, [n, 3, H, W] or [n, F, 3, H, W] with values in [0, 1]."""
+        ...
+
+    def latents(self, media: Tensor) -> Tensor:
+        """Clean latents in fp32 of media as `decode` gives them: the mean of the encoder, without noise."""
         ...
 
 
@@ -174,14 +178,17 @@ class FlowPolicy:
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
         """Sample by the plan: the ODE, with noise drawn and recorded at `plan.sde_steps`."""
         sigmas, samples = self._schedule(plan.steps), len(prompts)
-        rolled = self._roll_out(prompts, plan, key, self.settings.guidance)
-        # A state that several samples are in is decoded once.
-        media = torch.stack([self._decode(view.x)[view.row] for view in rolled.views], 1).flatten(0, 1)
-        replay = dict(rolled.actions)
+        if plan.given:
+            media, clean = self._given(prompts)
+            replay: dict[str, Tensor] = {}
+        else:
+            rolled = self._roll_out(prompts, plan, key, self.settings.guidance)
+            # A state that several samples are in is decoded once.
+            media = torch.stack([self._decode(view.x)[view.row] for view in rolled.views], 1).flatten(0, 1)
+            clean, replay = rolled.views[0].x[rolled.views[0].row], dict(rolled.actions)
         if plan.renoise:
-            clean = rolled.views[0].x[rolled.views[0].row]
-            replay = self._renoise(prompts, clean, plan.renoise, sigmas, key)
-        site, actions = self.shape[1:] if self.by_site else (), len(plan.sde_steps) or plan.renoise
+            replay = noise_again(prompts, clean, plan.renoise, sigmas, key)
+        site, actions = self.shape[1:] if self.by_site else (), plan.actions
         recorded = replay.pop("log_prob", torch.zeros(samples, actions, *site, device=self.device))
         replay["guard"] = sigmas[1].expand(samples)
         mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
@@ -198,21 +205,17 @@ class FlowPolicy:
         sigmas = self._schedule(plan.steps)
         return roll_out(prompts, plan, key, sigmas, self.shape, self.noise, self._dims, velocity)
 
-    def _renoise(
-        self, prompts: Prompts, clean: Tensor, times: int, sigmas: Tensor, key: Key
-    ) -> dict[str, Tensor]:
-        """Finished latents noised again, one time drawn in each of `times` equal parts of the schedule."""
-        names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
-        streams = [generator(*key, "renoise", *name) for name in names]
-        drawn = torch.stack([torch.rand(times, generator=stream) for stream in streams]).to(self.device)
-        place = (torch.arange(times, device=self.device) + drawn) / times * (len(sigmas) - 1)
-        low = place.long().clamp(max=len(sigmas) - 2)
-        sigma = torch.lerp(sigmas[low], sigmas[low + 1], place - low)  # [B, times]
-        noise = normals(streams, (times, *self.shape), self.device)
-        share = sigma.reshape(*sigma.shape, *[1] * len(self.shape))
-        x = (1 - share) * clean[:, None] + share * noise
-        state = torch.stack([state_ids(prompts.group, prompts.member, i) for i in range(times)], 1)
-        return {"x": x, "sigma": sigma, "state": state, "clean": clean}
+    def _given(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """The pictures that the prompts name as their `image`, at the policy's size, and their latents."""
+        files = [extra.get("image") for extra in prompts.extra]
+        for text, file in zip(prompts.text, files, strict=True):
+            if not isinstance(file, str):
+                raise ValueError(f'prompt {text!r} names no picture: it needs a path under "image"')
+        scale = self.adapter.pipeline.vae_scale_factor
+        height, width = (places * scale for places in self.shape[-2:])
+        media = torch.stack([read_picture(str(file), height, width) for file in files]).to(self.device)
+        rows = max(1, DECODED_PLACES // prod(self.shape[1:]))
+        return media, torch.cat([self.adapter.latents(part) for part in torch.split(media, rows)])
 
     @torch.no_grad()
     def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor:
@@ -300,14 +303,16 @@ class FlowPolicy:
             inside = (state >= first) & (state < first + states)
             yield Pick(row[inside], column[inside])
 
-    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
+    def evaluate(self, trajectory: Trajectory, pick: Pick, guidance: float | None = None) -> Evaluation:
         """How likely the picked actions are now, by one forward of their distinct states.
 
-        The forward counts as train with gradients enabled and as reference otherwise.
+        guidance: of this forward; None is the policy's own. The forward counts as train with gradients
+        enabled and as reference otherwise.
         """
         replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
         first, inverse = distinct(replay["state"][rows, columns])
-        guidance, text = self.settings.guidance, trajectory.outcome.prompts.text
+        guidance = self.settings.guidance if guidance is None else guidance
+        text = trajectory.outcome.prompts.text
         count = len(first) * self.adapter.rows(guidance)
         if torch.is_grad_enabled():
             self.forwards.train += count
@@ -420,6 +425,19 @@ def add_lora(network: Any, settings: LoraSettings, targets: Sequence[str], seed:
             p.data = p.data.float()
             if ".lora_A." in name:
                 p.data.copy_(normals([generator(seed, "lora", name)], p.shape)[0] / settings.rank)
+
+
+def read_picture(file: str, height: int, width: int) -> Tensor:
+    """A picture file as [3, height, width] in [0, 1], its middle scaled to fill that size."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as picture:
+            fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(height, width, 3).permute(2, 0, 1).float() / 255
 
 
 def _on_latent(mask: Tensor, site: Sequence[int]) -> Tensor:

@@ -125,3 +125,9 @@ class SD3:
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         images: Tensor = vae.decode(latents, return_dict=False)[0]
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def latents(self, media: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        mean = vae.encode(media * 2 - 1).latent_dist.mean
+        latents: Tensor = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        return latents

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
 
+from mmalign.algorithms.awm import AWM
 from mmalign.algorithms.branch_grpo import BranchGRPO
+from mmalign.algorithms.crd import CRD
 from mmalign.algorithms.dense_grpo import DenseGRPO
+from mmalign.algorithms.dgpo import DGPO
+from mmalign.algorithms.diffusion_dpo import DiffusionDPO
+from mmalign.algorithms.diffusion_nft import DiffusionNFT
+from mmalign.algorithms.distill import Distill
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.algorithms.g2rpo import G2RPO
+from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
+from mmalign.algorithms.trajectory_balance import TrajectoryBalance
 from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
-from mmalign.records import Outcome, RewardSignal
+from mmalign.records import Outcome, Prompts, Renoise, RewardSignal
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
 from mmalign.trainer import Trainer, TrainingSettings
@@ -33,6 +41,17 @@ class Patchy(Brightness):
         return RewardSignal(self.name, torch.where(names[:, None] % 5 == 0, torch.nan, signal.values))
 
 
+class Brighter:
+    """Prefers the brighter picture."""
+
+    def __init__(self, both_orders: bool = True) -> None:
+        self.name, self.both_orders = "brightness", both_orders
+
+    def prefer(self, prompts: Prompts, first: Tensor, second: Tensor) -> Tensor:
+        return ((first.mean((1, 2, 3)) - second.mean((1, 2, 3))).sign() + 1) / 2
+
+
+TWO, ALIKE = Renoise(2), Renoise(2, shared=True)
 FULL = FlowGRPO(steps=4, clip=1e-2, kl=0.1)
 FAST = FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7))
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -61,6 +80,47 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "gains of steps": {"algorithm": DenseGRPO(steps=4, clip=1e-2), "groups": 3, "members": 4, "updates": 1},
     "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
+    "noised again": {"algorithm": DiffusionNFT(steps=3, renoise=TWO), "groups": 4, "members": 4},
+    "ratio of a sample": {
+        "algorithm": AWM(steps=3, renoise=TWO, ratio="sample"),
+        "groups": 3,
+        "members": 4,
+        "updates": 3,
+    },
+    "halves of a group, split": {
+        "algorithm": DGPO(steps=3, renoise=ALIKE, live_until=1),
+        "groups": 3,
+        "members": 6,
+        "updates": 3,
+    },
+    "centered, missing verdicts": {
+        "algorithm": CRD(steps=3, renoise=TWO, kl_guidance=None),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+        "reward": Patchy(),
+    },
+    "best and worst, split": {
+        "algorithm": DiffusionDPO(steps=3, renoise=ALIKE),
+        "groups": 3,
+        "members": 4,
+        "updates": 1,
+    },
+    "judge of pairs": {
+        "algorithm": PrefGRPO(steps=3, clip=1e-2),
+        "groups": 4,
+        "members": 3,
+        "reward": Brighter(),
+    },
+    "judge of pairs, split": {
+        "algorithm": PrefGRPO(steps=3, clip=1e-2),
+        "groups": 3,
+        "members": 4,
+        "updates": 1,
+        "reward": Brighter(both_orders=False),
+    },
+    "taught": {"algorithm": Distill(steps=3), "groups": 3, "members": 4, "updates": 1},
+    "balance": {"algorithm": TrajectoryBalance(steps=3), "groups": 3, "members": 4, "updates": 1},
 }
 
 
@@ -84,7 +144,7 @@ def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     given = SCENARIOS[scenario]
     rewards = [Redness(), given.get("reward", Brightness())]
     algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.5})
-    policy, notes = ToyFlow(given["algorithm"].noise), Notes()
+    policy, notes = ToyFlow(algorithm.noise), Notes()
     settings = TrainingSettings(
         iterations=3, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5
     )

@@ -27,7 +27,7 @@ ONLY_BY = {
     r"mmalign\.pipelines": (rf"mmalign\.pipelines\b.*|{EDGE}", "the core meets policies as objects"),
     r"mmalign\.rewardmodels": (f"{REWARDS}|{EDGE}", "the core meets rewards as objects"),
     r"mmalign\.algorithms": (EDGE, "methods do not know each other, and the loop knows none"),
-    r"mmalign\.lab": (r"mmalign\.(lab\b.*|rewardmodels\.lab)", "the core does not know the lab"),
+    r"mmalign\.lab": (r"mmalign\.(lab\b.*|rewardmodels\.lab(_pairwise)?)", "the core does not know the lab"),
     EDGE: (rf"{EDGE}|mmalign\.(benchmark|__main__)", "what puts a run together is imported by nobody inside"),
     r"pipelines|rewardmodels": (
         r"nobody",

@@ -15,6 +15,7 @@ from mmalign.data import Prompt, PromptSource
 from mmalign.records import (
     Evaluation,
     Masks,
+    Noised,
     Outcome,
     Pick,
     Plan,
@@ -26,7 +27,7 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.rollout import distinct, retake, roll_out
+from mmalign.rollout import distinct, noise_again, retake, roll_out
 from mmalign.sde import Noise
 
 SHAPE = (4, 2, 2)  # of a latent; three of its channels are the picture
@@ -87,12 +88,14 @@ class ToyFlow:
         rolled = roll_out(prompts, plan, key, sigmas, SHAPE, self.noise, self.dims, velocity)
         latents = torch.stack([view.x[view.row] for view in rolled.views], 1).flatten(0, 1)
         media = exact(torch.sigmoid, 2 * latents)
-        replay = rolled.actions | {"text": text, "guard": sigmas[1].expand(len(prompts))}
-        likely = replay.pop("log_prob", torch.zeros(len(prompts), 0))
-        learned = plan.sde_steps if plan.learned is None else plan.learned
-        mask = torch.tensor([step in learned for step in plan.sde_steps], dtype=torch.bool)
+        replay = noise_again(prompts, latents, plan.renoise, sigmas, key) if plan.renoise else rolled.actions
+        replay |= {"text": text, "guard": sigmas[1].expand(len(prompts))}
+        likely = replay.pop("log_prob", torch.zeros(len(prompts), plan.actions))
+        mask = torch.ones(len(prompts), plan.actions, dtype=torch.bool)
+        if plan.learned is not None:
+            mask &= torch.tensor([step in plan.learned for step in plan.sde_steps])
         outcome = Outcome(prompts, media[:, :3], plan.views)
-        return Trajectory(outcome, likely, mask.repeat(len(prompts), 1), replay, plan, sigmas)
+        return Trajectory(outcome, likely, mask, replay, plan, sigmas)
 
     def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
         place, column = trajectory.mask[rows].nonzero(as_tuple=True)
@@ -102,7 +105,7 @@ class ToyFlow:
             inside = (state >= first) & (state < first + size)
             yield Pick(row[inside], column[inside])
 
-    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
+    def evaluate(self, trajectory: Trajectory, pick: Pick, guidance: float | None = None) -> Evaluation:
         at, replay = (pick.rows, pick.columns), trajectory.replay
         first, inverse = distinct(replay["state"][at])
         x, sigma, text = replay["x"][at], replay["sigma"][at], replay["text"][pick.rows]
@@ -111,6 +114,9 @@ class ToyFlow:
             self.forwards.train += len(first)
         else:
             self.forwards.reference += len(first)
+        if "clean" in replay:
+            noised = Noised(x, replay["clean"][pick.rows], sigma.reshape(-1, 1, 1, 1))
+            return Evaluation(trajectory.log_prob[at], velocity=velocity, noised=noised)
         step, likely = retake(trajectory, pick, velocity, self.noise, self.dims)
         return Evaluation(likely, step.mean, step.std, velocity, step.step)
 
@@ -127,6 +133,9 @@ class ToyFlow:
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         torch.save(dict(state or self.module.state_dict()), folder / "toy.pt")
+
+    def load(self, folder: Path) -> None:
+        self.module.load_state_dict(torch.load(folder / "toy.pt", weights_only=True))
 
 
 @dataclass

@@ -282,3 +282,23 @@ def test_a_policy_without_noise_has_no_actions(make):
     assert policy.sample(prompts, Plan(4), KEY).log_prob.shape == (4, 0)
     with pytest.raises(ValueError, match="zero SDE noise with an SDE algorithm"):
         policy.sample(prompts, Plan(4, (1,)), KEY)
+
+
+def test_latents_of_pictures_are_those_of_the_plain_image_to_image_pipeline(make, tiny):
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusion3Img2ImgPipeline(**plain(tiny).components)
+    posterior = pipeline.vae.encode(pipeline.image_processor.preprocess(images)).latent_dist
+    # Both draws of noise are left out: that of the posterior, and that of the noised start.
+    pipeline.vae.encode = lambda _: type("Mean", (), {"latents": posterior.mean})
+    pipeline.scheduler.scale_noise = lambda sample, timestep, noise: sample
+    theirs = pipeline.prepare_latents(images, None, 2, 1, torch.float32, "cpu")
+    assert_close(make().adapter.latents(images), theirs, atol=1e-5, rtol=0)
+
+
+def test_the_lab_decodes_what_it_encodes():
+    policy = load(PolicySettings(str(LAB), max_sequence_length=16, lora=LoraSettings(4, 4)), Noise())
+    images = policy.images(prompts_of(["two red circles"], 2), 4, KEY)
+    again = policy.adapter.decode(policy.adapter.latents(images))
+    assert (again - images).abs().mean() < 0.03
