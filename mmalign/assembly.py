@@ -293,9 +293,10 @@ def derive(
     groups, size, updates = config.prompts.per_iteration, config.prompts.group, config.training.updates
     samples, rows = groups * size, policy.adapter.rows(config.policy.guidance)
     found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]
-    costs = [[forwards(plan, samples, groups, rows) for plan in plans] for plans in found]
-    sample = sum(cost[0] for plans in costs for cost in plans) / len(costs)
-    train = sum(cost[1] for plans in costs for cost in plans) / len(costs)
+    cost = algorithm.through.cost if algorithm.through is not None else lambda plan: 0
+    costs = [[forwards(plan, samples, groups, rows, cost(plan)) for plan in plans] for plans in found]
+    sample = sum(counts[0] for plans in costs for counts in plans) / len(costs)
+    train = sum(counts[1] for plans in costs for counts in plans) / len(costs)
     actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})
     return {
         "trained parameters": f"{trained:,} of {whole:,}",
@@ -309,9 +310,10 @@ def derive(
     }
 
 
-def forwards(plan: Plan, samples: int, groups: int, rows: int) -> tuple[int, int]:
+def forwards(plan: Plan, samples: int, groups: int, rows: int, through: int = 0) -> tuple[int, int]:
     """Sample-forwards to sample and to train under a plan.
 
+    through: forwards of an action where methods differentiate through them.
     Members that share their noise are one sample up to their first action and share its forward, as do
     completions their first.
     """
@@ -324,4 +326,5 @@ def forwards(plan: Plan, samples: int, groups: int, rows: int) -> tuple[int, int
     )
     tail -= len(plan.strides) - 1
     sample = samples * ((plan.sde_steps[-1] + 1 if plan.sde_steps else 0) + tail) - shared * (start + 1)
-    return sample * rows, (samples * (len(plan.sde_steps) or plan.renoise) - shared) * rows
+    actions = len(plan.sde_steps) or plan.renoise or plan.noises * through
+    return sample * rows, (samples * actions - shared) * rows

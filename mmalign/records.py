@@ -26,6 +26,10 @@ class Plan:
     schedule is finished once per stride, taking every stride-th step; each gives one completion (a view) of
     the same actions. renoise: for methods of the forward process, which take no action while sampling: every
     finished sample is noised again at so many times, and each of these noised states is an action.
+
+    tail: for methods that differentiate through the outcome, which take no action either: the state so many
+    steps before the end of the ODE is kept (`DrawsOn.halted`), and the update goes on from there. noises:
+    fresh noises that are drawn for each sample with it, each of which counts as an action.
     """
 
     steps: int
@@ -33,6 +37,8 @@ class Plan:
     share_noise: bool = False
     strides: tuple[int, ...] = (1,)
     renoise: int = 0
+    tail: int = 0
+    noises: int = 1
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -51,6 +57,12 @@ class Plan:
                 f"renoise must not be negative and goes with ODE sampling alone, got renoise={self.renoise}, "
                 f"sde_steps={self.sde_steps}, strides={self.strides}"
             )
+        if not 0 <= self.tail <= self.steps or self.noises < 1:
+            raise ValueError(
+                f"tail must lie in 0..{self.steps} and noises be at least 1, got {self.tail}, {self.noises}"
+            )
+        if self.tail and (self.sde_steps or self.strides != (1,) or self.renoise or self.share_noise):
+            raise ValueError("a plan with a tail follows the plain ODE, and its samples share nothing")
 
 
 @dataclass(frozen=True)
@@ -243,6 +255,20 @@ class Noised:
     x: Tensor
     clean: Tensor
     sigma: Tensor
+
+
+@dataclass(frozen=True)
+class Halted:
+    """Samples on their way and at their end, for objectives that draw the rest of the way themselves.
+
+    x: [n, *latent], the state at path[0]. path: [tail + 1], the schedule from there to its end. clean, noise:
+    [n, *latent], the finished sample and a fresh noise. No gradients.
+    """
+
+    x: Tensor
+    path: Tensor
+    clean: Tensor
+    noise: Tensor
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from mmalign import checkpoints
 from mmalign.contracts import Key, LearnedReward, Policy
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed, local
+from mmalign.gradients import Differentiated
 from mmalign.health import Clock, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
@@ -87,6 +88,9 @@ class Algorithm:
     # of the last iteration.
     copies: Mapping[str, float | Callable[[int], float]] = field(default_factory=dict)
     sampler: str | None = None  # the copy that samples; None: the live parameters
+    through: Differentiated | None = (
+        None  # rewards that the objective differentiates, given to it at the start
+    )
 
 
 class Source(Protocol):
@@ -123,6 +127,8 @@ class Trainer:
         self.seconds: dict[str, float] = {}  # by phase, over the whole run
         self._stop = False
         self._check_groups()
+        if algorithm.through is not None:
+            algorithm.through.meet(scorer.rewards)
         self.learner = Learner(policy, algorithm, settings, self.distributed)
         self.clock = Clock(self.distributed.device)
 

@@ -22,12 +22,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmalign.contracts import Forwards, Key, LoraSettings, PolicySettings
 from mmalign.copies import Copies
 from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
+    Halted,
     Masks,
     Noised,
     Outcome,
@@ -47,6 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 RECORDED = ("x", "x_next", "sigma", "sigma_next", "state", "log_prob")  # of every action
 DECODED_PLACES = 2**14  # of latents decoded at once: four images of 512x512 keep a device busy and fit
+CLEAN = 0.05  # the most sigma at which a schedule may end; diffusion models were never shown less than 0.03
 
 
 class FlowAdapter(Protocol):
@@ -54,11 +57,13 @@ class FlowAdapter(Protocol):
 
     Latents are [n, C, *place] in fp32, whatever the network makes of them (packing them into tokens is the
     adapter's own affair). pipeline: the diffusers pipeline, whose class writes LoRA files. network: its
-    denoiser. lora_targets: endings of the names of the layers that get adapters.
+    denoiser, which the pipeline calls `component`. lora_targets: endings of the names of the layers that get
+    adapters.
     """
 
     pipeline: Any
     network: nn.Module
+    component: str
     lora_targets: tuple[str, ...]
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
@@ -70,7 +75,7 @@ class FlowAdapter(Protocol):
         ...
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
-        """The schedule [steps + 1] for latents of this shape, falling to exactly 0."""
+        """The schedule [steps + 1] for latents of this shape, falling to 0 or what counts as it."""
         ...
 
     def rows(self, guidance: float) -> int:
@@ -94,7 +99,7 @@ class FlowAdapter(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Media of clean latents, [n, 3, H, W] or [n, F, 3, H, W] with values in [0, 1]."""
+        """Media of clean latents, [n, 3, H, W] or [n, F, 3, H, W] with values in [0, 1]; gradients flow."""
         ...
 
 
@@ -187,6 +192,8 @@ class FlowPolicy:
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
         """Sample by the plan: the ODE, with noise drawn and recorded at `plan.sde_steps`."""
+        if plan.tail:
+            return self._halt(prompts, plan, key)
         if plan.sde_steps and self.noise.level == 0:
             raise ValueError(
                 f"noise.level is 0, zero SDE noise with an SDE algorithm: steps {plan.sde_steps} are to be "
@@ -197,7 +204,7 @@ class FlowPolicy:
         shared = plan.share_noise
         lead, row = _leaders(prompts) if shared else (torch.arange(samples), torch.arange(samples))
         x, texts = (
-            self._prior(prompts.take(lead), shared, key),
+            self._start(prompts.take(lead), shared, key, sigmas),
             self._texts(prompts.take(lead).text, guidance),
         )
         streams = [generator(*key, "noise", *name) for name in _names(prompts)]
@@ -231,6 +238,28 @@ class FlowPolicy:
         mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
         return Trajectory(Outcome(prompts, media, len(plan.strides)), recorded, mask, replay)
 
+    def _halt(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
+        """Sample by the plain ODE, and keep the state `plan.tail` steps before its end."""
+        sigmas, guidance = self._schedule(plan.steps), self.settings.guidance
+        x, texts = self._start(prompts, False, key, sigmas), self._texts(prompts.text, guidance)
+        halted = x
+        for step in range(plan.steps):
+            halted = x if step <= plan.steps - plan.tail else halted
+            velocity = self._velocity(x, sigmas[step].expand(len(x)), texts, guidance)
+            x = euler(x, velocity, sigmas[step], sigmas[step + 1])
+        clean, times = x / (1 - sigmas[-1]), plan.noises
+        streams = [generator(*key, "fresh", *name) for name in _names(prompts)]
+        state = [state_ids(prompts.group, prompts.member, i, False) for i in range(times)]
+        replay = {
+            "x": halted,
+            "path": sigmas[-1 - plan.tail :].expand(len(x), -1),
+            "clean": clean,
+            "noise": normals(streams, (times, *self.shape), self.device),
+            "state": torch.stack(state, 1),
+        }
+        nothing = torch.zeros(len(x), times, device=self.device)
+        return Trajectory(Outcome(prompts, self._decode(clean)), nothing, nothing == 0, replay)
+
     def _renoise(
         self, prompts: Prompts, clean: Tensor, times: int, sigmas: Tensor, key: Key
     ) -> dict[str, Tensor]:
@@ -250,8 +279,13 @@ class FlowPolicy:
     def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor:
         """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own."""
         guidance = self.settings.guidance if guidance is None else guidance
-        x, texts = self._prior(prompts, False, key), self._texts(prompts.text, guidance)
-        return self._decode(self._finish(x, texts, self._schedule(steps), 0, (1,), guidance)[0])
+        sigmas = self._schedule(steps)
+        x, texts = self._start(prompts, False, key, sigmas), self._texts(prompts.text, guidance)
+        return self._decode(self._finish(x, texts, sigmas, 0, (1,), guidance)[0])
+
+    def _start(self, prompts: Prompts, shared: bool, key: Key, sigmas: Tensor) -> Tensor:
+        """Noise as large as x is at the schedule's first sigma, where that is short of 1."""
+        return self._prior(prompts, shared, key) * torch.hypot(sigmas[0], 1 - sigmas[0])
 
     def _prior(self, prompts: Prompts, shared: bool, key: Key) -> Tensor:
         names = [name[:1] if shared else name for name in _names(prompts)]
@@ -262,7 +296,8 @@ class FlowPolicy:
     ) -> list[Tensor]:
         """Follow the ODE from step `start` to the end, once per stride; all completions move in one batch.
 
-        They leave from one state, so their first forward is one as well.
+        They leave from one state, so their first forward is one as well. What the schedule leaves of noise
+        at its end counts as signal.
         """
         end = len(sigmas) - 1
         paths = [[*range(start, end, stride), end] for stride in strides]
@@ -278,7 +313,7 @@ class FlowPolicy:
                 velocities = list(together.chunk(len(going)))
             for i, velocity in zip(going, velocities, strict=True):
                 views[i] = euler(views[i], velocity, sigmas[paths[i][hop]], sigmas[paths[i][hop + 1]])
-        return views
+        return [view / (1 - sigmas[-1]) for view in views]
 
     def _schedule(self, steps: int) -> Tensor:
         if steps not in self._schedules:
@@ -286,10 +321,13 @@ class FlowPolicy:
             if (
                 len(sigmas) != steps + 1
                 or sigmas[0] > 1
-                or sigmas[-1] != 0
+                or not 0 <= sigmas[-1] <= CLEAN
                 or bool((sigmas.diff() >= 0).any())
             ):
-                raise ValueError(f"a schedule of {steps} steps must fall to exactly 0, got {sigmas.tolist()}")
+                raise ValueError(
+                    f"a schedule of {steps} steps must fall from at most 1 to 0 (at most {CLEAN}), got "
+                    f"{sigmas.tolist()}"
+                )
             self._schedules[steps] = sigmas.to(self.device)
         return self._schedules[steps]
 
@@ -339,6 +377,41 @@ class FlowPolicy:
         if len(self._cache) > self.cached_texts:
             self._cache.popitem(last=False)
         return condition
+
+    # ---- the rest of the way, with gradients
+
+    def halted(self, trajectory: Trajectory, pick: Pick) -> Halted:
+        """Where the picked samples were halted (`Plan.tail`), and where they ended."""
+        replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
+        if "path" not in replay:
+            raise ValueError("these samples were not halted on their way: the plan has no tail")
+        return Halted(
+            replay["x"][rows], replay["path"][0], replay["clean"][rows], replay["noise"][rows, columns]
+        )
+
+    def velocity(self, trajectory: Trajectory, pick: Pick, x: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity of states x [n, *latent] at sigma (scalar) for the prompts of the picked samples.
+
+        With gradients it counts as train, and gradient checkpointing keeps nothing of it but x.
+        """
+        guidance, text = self.settings.guidance, trajectory.outcome.prompts.text
+        texts = self._texts([text[row] for row in pick.rows.tolist()], guidance)
+        if not torch.is_grad_enabled():
+            return self._velocity(x, sigma.expand(len(x)), texts, guidance)
+        self.forwards.train += len(x) * self.adapter.rows(guidance)
+        if not self.settings.gradient_checkpointing:
+            return self._forward(x, sigma.expand(len(x)), texts.place, texts, guidance)
+        velocity: Tensor = checkpoint(
+            self._forward, x, sigma.expand(len(x)), texts.place, texts, guidance, use_reentrant=False
+        )
+        return velocity
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Media of clean latents; with gradient checkpointing nothing is kept of it but the latents."""
+        if not (self.settings.gradient_checkpointing and latents.requires_grad):
+            return self._decode(latents)
+        media: Tensor = checkpoint(self._decode, latents, use_reentrant=False)
+        return media
 
     # ---- replay
 
@@ -409,30 +482,30 @@ class FlowPolicy:
     # ---- files
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the LoRA file that plain diffusers loads, or `transformer/` where all weights are trained.
+        """Write the LoRA file that plain diffusers loads, or the network's folder if all of it is trained.
 
         state: the network's gathered state dict, where its parameters are sharded over processes.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        component = self.adapter.component
         if not self.settings.lora.rank:
-            part = folder / ".transformer.part"
+            part = folder / f".{component}.part"
             shutil.rmtree(part, ignore_errors=True)
             self._network.save_pretrained(part, state_dict=state) if state else self._network.save_pretrained(
                 part
             )
-            shutil.rmtree(folder / "transformer", ignore_errors=True)
-            part.rename(folder / "transformer")
+            shutil.rmtree(folder / component, ignore_errors=True)
+            part.rename(folder / component)
             return
         from peft import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(self._network, state_dict=dict(state) if state else None)
         part_name = f"part.{LORA_FILE}"
-        type(self.adapter.pipeline).save_lora_weights(
-            folder,
-            transformer_lora_layers={name: t.detach().cpu().contiguous() for name, t in layers.items()},
-            transformer_lora_adapter_metadata=self._network.peft_config["default"].to_dict(),
-            weight_name=part_name,
-        )
+        named: dict[str, Any] = {
+            f"{component}_lora_layers": {name: t.detach().cpu().contiguous() for name, t in layers.items()},
+            f"{component}_lora_adapter_metadata": self._network.peft_config["default"].to_dict(),
+        }
+        type(self.adapter.pipeline).save_lora_weights(folder, weight_name=part_name, **named)
         os.replace(folder / part_name, folder / LORA_FILE)
 
     @torch.no_grad()
@@ -440,13 +513,13 @@ class FlowPolicy:
         """Take the trainable parameters from what `save` wrote; they must fit exactly."""
         from safetensors.torch import load_file
 
-        live = self._network.state_dict()
+        live, component = self._network.state_dict(), self.adapter.component
         if self.settings.lora.rank:
             lora = {name: p for name, p in live.items() if ".lora_" in name}
-            live = {"transformer." + name.replace(".default.", "."): p for name, p in lora.items()}
+            live = {f"{component}." + name.replace(".default.", "."): p for name, p in lora.items()}
             files = [folder / LORA_FILE]
         else:
-            files = sorted((folder / "transformer").glob("*.safetensors")) or [folder / "transformer"]
+            files = sorted((folder / component).glob("*.safetensors")) or [folder / component]
         if not files[0].is_file():
             raise FileNotFoundError(f"there are no weights of this policy at {files[0]}")
         saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
