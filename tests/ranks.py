@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from known import TWO, Judge, policy_of
+from known import source as known_source
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
 
+from mmalign.algorithms.draft import DRaFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.contracts import Policy
@@ -55,6 +58,16 @@ def tiny(folder: Path, distributed: Distributed) -> dict[str, Any]:
     return kept(policy, notes, distributed)
 
 
+def through(distributed: Distributed) -> dict[str, Any]:
+    """Three iterations of a method that differentiates through its reward, on a mixture of Gaussians."""
+    algorithm = DRaFT(steps=5, last=2).build({"value": 1.0})
+    policy, notes = policy_of(TWO, algorithm.noise), Notes()
+    settings = TrainingSettings(iterations=3, learning_rate=1e-2, batch=5, updates=2)
+    scorer = Scorer([Judge(lambda x: x[:, 0])])
+    Trainer(policy, algorithm, scorer, known_source(4, groups=4), settings, distributed, notes).run()
+    return kept(policy, notes, distributed)
+
+
 def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     """Three iterations; gives the metrics, the rollouts and the weights."""
     given = SCENARIOS[scenario]
@@ -97,6 +110,7 @@ if __name__ == "__main__":
     world = Distributed("cpu")
     found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
     found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
+    found["through"] = through(world)
     found["tiny"] = tiny(Path(sys.argv[2]), world)
     torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
     world.close()
