@@ -12,9 +12,12 @@ from known import source as known_source
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
 
+from mmalign.algorithms.ddpo import DDPO
 from mmalign.algorithms.draft import DRaFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
+from mmalign.algorithms.refl import ReFL
+from mmalign.algorithms.srpo import SRPO
 from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
 from mmalign.records import Outcome, RewardSignal
@@ -34,11 +37,17 @@ class Patchy(Brightness):
 
 FULL = FlowGRPO(steps=4, clip=1e-2, kl=0.1)
 FAST = FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7))
+THROUGH = {"refl": ReFL(steps=5), "draft": DRaFT(steps=5, last=2), "srpo": SRPO(steps=5, margin=9.0)}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "groups whole on a rank": {"algorithm": FULL, "groups": 4, "members": 4},
     "groups split across ranks": {"algorithm": FULL, "groups": 3, "members": 6, "updates": 3},
     "updates that not all ranks take part in": {"algorithm": FULL, "groups": 4, "members": 4, "updates": 4},
     "shared noise, split": {"algorithm": FAST, "groups": 3, "members": 4, "updates": 1},
+    "steps of DDIM without a clip": {
+        "algorithm": DDPO(steps=4, clip=None, kl=0.1),
+        "groups": 4,
+        "members": 4,
+    },
     "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
 }
 
@@ -58,9 +67,9 @@ def tiny(folder: Path, distributed: Distributed) -> dict[str, Any]:
     return kept(policy, notes, distributed)
 
 
-def through(distributed: Distributed) -> dict[str, Any]:
+def through(method: str, distributed: Distributed) -> dict[str, Any]:
     """Three iterations of a method that differentiates through its reward, on a mixture of Gaussians."""
-    algorithm = DRaFT(steps=5, last=2).build({"value": 1.0})
+    algorithm = THROUGH[method].build({"value": 1.0})
     policy, notes = policy_of(TWO, algorithm.noise), Notes()
     settings = TrainingSettings(iterations=3, learning_rate=1e-2, batch=5, updates=2)
     scorer = Scorer([Judge(lambda x: x[:, 0])])
@@ -110,7 +119,7 @@ if __name__ == "__main__":
     world = Distributed("cpu")
     found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
     found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
-    found["through"] = through(world)
+    found |= {method: through(method, world) for method in THROUGH}
     found["tiny"] = tiny(Path(sys.argv[2]), world)
     torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
     world.close()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import SCENARIOS, gathered, through, tiny, train
+from ranks import SCENARIOS, THROUGH, gathered, through, tiny, train
 from torch.testing import assert_close
 
 from mmalign.distributed import Distributed
@@ -101,8 +101,9 @@ def test_two_processes_learn_what_one_does(ranks, scenario):
     assert second["metrics"] == {}
 
 
-def test_two_processes_differentiate_through_a_reward_as_one_does(ranks):
-    one, (first, second) = through(Distributed("cpu")), [found["through"] for found in ranks]
+@pytest.mark.parametrize("method", THROUGH)
+def test_two_processes_differentiate_through_a_reward_as_one_does(ranks, method):
+    one, (first, second) = through(method, Distributed("cpu")), [found[method] for found in ranks]
     for name, weight in one["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         assert_close(first["weights"][name], weight, atol=2e-4, rtol=0)  # a step is 1e-2

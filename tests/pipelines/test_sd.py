@@ -17,6 +17,7 @@ from toys import Brightness
 
 from mmalign.algorithms.ddpo import DDPO
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
+from mmalign.algorithms.draft import DRaFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.contracts import LoraSettings, PolicySettings
@@ -25,7 +26,8 @@ from mmalign.pipelines import load
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.pipelines.sd import StableDiffusion, StableDiffusionXL
 from mmalign.randomness import generator, normals
-from mmalign.records import Pick, Plan
+from mmalign.records import Minibatch, Pick, Plan
+from mmalign.rewardmodels.lab_colors import LabColors
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
 from mmalign.testing import check_policy, prompts_of, tiny_sd, tiny_sdxl
@@ -335,6 +337,23 @@ def test_methods_train_it(make, kind, method):
         assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
     found.step(1)
     assert any(not torch.equal(a, b) for a, b in zip(before, found.learner.parameters, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl, v"])
+def test_rewards_are_differentiated_through_it_to_the_sample_that_was_finished(make, kind):
+    algorithm = DRaFT(steps=5, last=2).build({"lab_colors": 1.0})
+    algorithm.through.meet([LabColors(width=0.5, area=0.5)])
+    policy, seen = make(kind, algorithm.noise), []
+    trajectory = policy.sample(prompts_of(TEXTS, 2), algorithm.plans(0, 0)[0], KEY)
+    pick, decode = Pick(*trajectory.mask.nonzero(as_tuple=True)), policy.decode
+    policy.decode = lambda latents: seen.append(decode(latents)) or seen[-1]
+    losses, _ = algorithm.objective(policy, Minibatch(trajectory, pick, torch.zeros(1, 4), torch.ones(4)))
+    losses.sum().backward()
+    assert_close(seen[0].detach(), trajectory.outcome.media, atol=1e-5, rtol=0)
+    assert_close(
+        trajectory.outcome.media, policy.images(trajectory.outcome.prompts, 5, KEY), atol=1e-6, rtol=0
+    )
+    assert any(p.grad is not None and p.grad.norm() > 0 for p in policy.module.parameters())
 
 
 # ---- errors
