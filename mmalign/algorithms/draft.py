@@ -43,7 +43,7 @@ class DRaFT:
     last: int = 1  # steps that gradients flow through; more reach layout, cost forwards, and may explode
     spread: float = 0.0  # deviation of that number from iteration to iteration (AlignProp: 5 of 50 steps)
     noises: int = 0  # fresh noises per sample (DRaFT-LV: 2); 0 goes on from the state that was sampled
-    scale: float = 1.0  # of the loss; matters to the gradient's clip alone
+    scale: float = 1.0  # of the loss; lost on AdamW, but for the clip of the gradient and far below 1e-3
 
     def __post_init__(self) -> None:
         if not 1 <= self.last <= self.steps:

@@ -38,7 +38,7 @@ class ReFL:
     first: float = 0.75  # share of the steps before the first halt; lower and rewards are asked about a blur
     last: float = 0.975  # share of the steps before the last halt
     margin: float = 2.0  # reward beyond which nothing more is asked for; keep it above the best and it is off
-    scale: float = 1e-3  # of the loss; matters to the gradient's clip alone
+    scale: float = 1e-3  # of the loss; lost on AdamW, but for the clip of the gradient and far below 1e-3
 
     def __post_init__(self) -> None:
         if not 0 <= self.first <= self.last < 1:

@@ -52,7 +52,7 @@ class SRPO:
     wanted: str = ""  # word before the prompt that the reward should agree with, such as "realistic"
     unwanted: str = ""  # word before the prompt that it should not; empty: plain Direct-Align
     invert: bool = True  # also train the inversion branch; off saves half of the update and is hacked sooner
-    scale: float = 1.0  # of the loss; matters to the gradient's clip alone
+    scale: float = 1.0  # of the loss; lost on AdamW, but for the clip of the gradient and far below 1e-3
 
     def __post_init__(self) -> None:
         if not 0 < self.first <= self.last < 1:
