@@ -62,6 +62,7 @@ def test_without_eta_it_is_the_euler_step_bit_for_bit():
     assert not step.std.any()
 
 
+@settings(deadline=None)
 @given(sigma=st.floats(0.05, 1.0), share=st.floats(0.05, 0.95), eta=st.floats(0.0, 1.0))
 def test_it_keeps_the_coefficients_of_the_schedule(sigma, share, eta):
     at, to = torch.tensor(sigma).double(), torch.tensor(sigma * share).double()
