@@ -298,10 +298,13 @@ def derive(
     groups, size, settings = config.prompts.per_iteration, config.prompts.group, config.training
     samples, rows = groups * size, policy.adapter.rows(config.policy.guidance)
     found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]
+    cost = algorithm.through.cost if algorithm.through is not None else lambda plan: 1
     member = torch.arange(size)
-    costs = [[forwards(plan, torch.zeros_like(member), member) for plan in plans] for plans in found]
+    costs = [
+        [forwards(plan, torch.zeros_like(member), member, cost(plan)) for plan in plans] for plans in found
+    ]
     sample, train = (
-        groups * rows * sum(cost[i] for plans in costs for cost in plans) / len(costs) for i in (0, 1)
+        groups * rows * sum(counts[i] for plans in costs for counts in plans) / len(costs) for i in (0, 1)
     )
     frozen = [*algorithm.copies, *algorithm.loaded]
     actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})

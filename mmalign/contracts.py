@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from mmalign.copies import Copies
-from mmalign.records import Evaluation, Outcome, Pick, Plan, Prompts, RewardSignal, Trajectory, Where
+from mmalign.records import Evaluation, Halted, Outcome, Pick, Plan, Prompts, RewardSignal, Trajectory, Where
 
 Media = Tensor | list[str]
 Key = tuple[int | str, ...]  # names a stream of random numbers: (seed, purpose, iteration, ...)
@@ -74,6 +74,26 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class DrawsOn(Protocol):
+    """A policy that objectives can differentiate through, from where `Plan.halt` halted it to its media."""
+
+    def halted(self, trajectory: Trajectory, pick: Pick) -> Halted:
+        """Where the picked samples were halted, and where they ended."""
+        ...
+
+    def velocity(self, trajectory: Trajectory, pick: Pick, x: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity of any states x [n, *latent] at sigma (scalar) for the prompts of the picked samples.
+
+        One forward a sample, with gradients if enabled.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Media in [0, 1] of clean latents [n, *latent], with gradients if enabled."""
+        ...
+
+
 class RewardModel(Protocol):
     """Scores outcomes, at whatever grain it can."""
 
@@ -113,6 +133,22 @@ class LearnedReward(Protocol):
     def state_dict(self) -> dict[str, object]: ...
 
     def load_state_dict(self, state: dict[str, object]) -> None: ...
+
+
+@runtime_checkable
+class DifferentiableReward(Protocol):
+    """A reward that is a differentiable function of the media."""
+
+    name: str
+
+    def __call__(self, outcome: Outcome) -> RewardSignal: ...
+
+    def differentiate(self, outcome: Outcome) -> Tensor:
+        """One value a row of the media, [B * views], equal to that of a call; gradients reach the media.
+
+        A row without a verdict has value and gradient 0.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -59,25 +59,25 @@ def in_turn(among: Sequence[int], count: int, plan: Callable[[tuple[int, ...]], 
     return at
 
 
-def forwards(plan: Plan, group: Tensor, member: Tensor) -> tuple[int, int]:
+def forwards(plan: Plan, group: Tensor, member: Tensor, each: int = 1) -> tuple[int, int]:
     """Network rows, without guidance, that sample these members and that learn once from their actions.
 
     group, member: [B]. A state that several are in is one row; so are completions as long as they have come
-    the same way.
+    the same way. each: forwards that learning from an action takes where no action is a step of sampling.
     """
 
     def states(kin: Tensor) -> int:
         return len(torch.unique(torch.stack([group, kin], 1), dim=0))
 
-    train = states(member) * plan.actions if plan.renoise else 0
+    train = 0 if plan.sde_steps else states(member) * plan.actions * each
     if plan.given:
         return 0, train
-    before = [states(plan.kin(member, step)) for step in range(plan.last + 1)]
+    before = [states(plan.kin(member, step)) for step in range(plan.lead)]
     leaves = [(step + 1, before[step]) for step in plan.sde_steps if plan.values]
     if plan.singular:
         leaves += [(step + 1, states(member)) for step in plan.sde_steps]
     else:
-        leaves.append((plan.last + 1, states(plan.kin(member, plan.last + 1))))
+        leaves.append((plan.lead, states(plan.kin(member, plan.lead))))
     sample = sum(before)
     for start, rows in leaves:
         ways = [plan.way(start, stride) for stride in plan.strides]

@@ -60,6 +60,9 @@ class Plan:
     Methods that take no action while sampling:
     renoise: the finished samples are noised again, and each of the noised states is an action. given: nothing
     is drawn either, the samples are the media that the prompts name.
+    halt: the state so many steps before the end of the ODE is kept, and the update goes on from there, with
+    gradients (`contracts.DrawsOn`). noises: fresh noises that are drawn for each sample with it; each counts
+    as an action.
     """
 
     steps: int
@@ -68,6 +71,8 @@ class Plan:
     strides: tuple[int, ...] = (1,)
     renoise: Renoise | None = None
     given: bool = False
+    halt: int = 0
+    noises: int = 1
     levels: tuple[float, ...] | None = None
     learned: tuple[int, ...] | None = None
     starts: int = 1
@@ -96,6 +101,12 @@ class Plan:
             )
         if self.given and self.renoise is None:
             raise ValueError("given samples have no actions unless they are noised again: set renoise")
+        if not 0 <= self.halt <= self.steps or self.noises < 1:
+            raise ValueError(
+                f"halt must lie in 0..{self.steps} and noises be at least 1, got {self.halt}, {self.noises}"
+            )
+        if self.halt and (self.sde_steps or self.strides != (1,) or self.renoise or self.share_noise):
+            raise ValueError("a plan with a halt follows the plain ODE, and its samples share nothing")
         self._check_tree()
 
     def _check_tree(self) -> None:
@@ -121,12 +132,16 @@ class Plan:
     @property
     def actions(self) -> int:
         """How many actions each sample takes, S."""
+        if self.halt:
+            return self.noises
         return self.renoise.times if self.renoise else len(self.sde_steps)
 
     @property
-    def last(self) -> int:
-        """The step of the last action, -1 where there is none."""
-        return self.sde_steps[-1] if self.sde_steps else -1
+    def lead(self) -> int:
+        """How many steps there are up to the last action, or to the halt."""
+        if self.halt:
+            return self.steps - self.halt
+        return self.sde_steps[-1] + 1 if self.sde_steps else 0
 
     @property
     def views(self) -> int:
@@ -366,6 +381,20 @@ class Noised:
     x: Tensor
     clean: Tensor
     sigma: Tensor
+
+
+@dataclass(frozen=True)
+class Halted:
+    """Samples on their way and at their end, for objectives that draw the rest of the way themselves.
+
+    x: [n, *latent], the state at path[0]. path: [halt + 1], the schedule from there to its end. clean, noise:
+    [n, *latent], the finished sample and a fresh noise. No gradients.
+    """
+
+    x: Tensor
+    path: Tensor
+    clean: Tensor
+    noise: Tensor
 
 
 @dataclass(frozen=True)

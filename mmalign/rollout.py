@@ -44,10 +44,14 @@ class States:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What came of a plan: of every action what `RECORDED` names, [B, S, ...]; finished latents by view."""
+    """What came of a plan: of every action what `RECORDED` names, [B, S, ...]; finished latents by view.
+
+    halted: the states after `Plan.lead` steps.
+    """
 
     actions: dict[str, Tensor]
     views: list[States]
+    halted: States
 
 
 def roll_out(
@@ -72,7 +76,7 @@ def roll_out(
     now = walk.begin()
     leaves: list[tuple[int, States]] = []  # where completions begin, and from what
     record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
-    for step in range(plan.last + 1):
+    for step in range(plan.lead):
         found = velocity(now.x, sigmas[step].expand(len(now.x)), now.sample)
         ahead = replace(now, x=euler(now.x, found, sigmas[step], sigmas[step + 1]))
         if step not in plan.sde_steps:
@@ -87,9 +91,9 @@ def roll_out(
             leaves.append((step + 1, after))
         now = ahead if plan.singular else after
     if not plan.singular:
-        leaves.append((plan.last + 1, now))
+        leaves.append((plan.lead, now))
     actions = {name: torch.stack(values, 1) for name, values in record.items() if values}
-    return Rollout(actions, walk.finish(leaves, velocity))
+    return Rollout(actions, walk.finish(leaves, velocity), now)
 
 
 @dataclass(frozen=True)
@@ -106,10 +110,14 @@ class _Walk:
     dims: tuple[int, ...]
 
     def begin(self) -> States:
-        """Initial noise, one state for all members that share it."""
+        """Initial noise, one state for all members that share it.
+
+        It is as large as x is at the schedule's first sigma, where that is short of 1.
+        """
         kin = self.plan.kin(self.member, 0)
         sample, row = distinct(state_ids(self.group, kin, 0))
-        return States(self._draw("initial", 0, kin[sample], sample), sample, row)
+        size = torch.hypot(self.sigmas[0], 1 - self.sigmas[0])
+        return States(size * self._draw("initial", 0, kin[sample], sample), sample, row)
 
     def act(self, now: States, velocity: Tensor, step: int) -> tuple[States, dict[str, Tensor]]:
         """The stochastic step from every state, once for each of its heirs; also what is recorded of it."""
@@ -131,7 +139,8 @@ class _Walk:
     def finish(self, leaves: Sequence[tuple[int, States]], velocity: Velocity) -> list[States]:
         """Follow the ODE from every leaf to the end, once per stride; at each step all move in one batch.
 
-        Completions of a leaf that have come the same way are one state and ask for one velocity.
+        Completions of a leaf that have come the same way are one state and ask for one velocity. What the
+        schedule leaves of noise at its end counts as signal.
         """
         plan, sigmas = self.plan, self.sigmas
         ways = [
@@ -152,7 +161,7 @@ class _Walk:
             for i, came in come.items():
                 after = ways[i][1][len(came[1]) + 1]
                 now[i] = replace(now[i], x=euler(now[i].x, found[came], sigmas[step], sigmas[after]))
-        return now
+        return [replace(end, x=end.x / (1 - sigmas[-1])) for end in now]
 
     def _draw(self, purpose: str, step: int, kin: Tensor, sample: Tensor) -> Tensor:
         """Normal noise named by purpose, step, group and kin [n]: the same in any batch."""
@@ -174,6 +183,21 @@ def noise_again(
     x = (1 - share) * clean[:, None] + share * noise
     state = torch.stack([state_ids(prompts.group, prompts.member, i) for i in range(times)], 1)
     return {"x": x, "sigma": sigma, "state": state, "clean": clean}
+
+
+def halt(prompts: Prompts, rolled: Rollout, plan: Plan, sigmas: Tensor, key: Key) -> dict[str, Tensor]:
+    """What an update goes on from: x, path [B, halt + 1] and clean of a sample, noise of an action."""
+    (view,), before = rolled.views, rolled.halted
+    names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
+    streams = [generator(*key, "fresh", *name) for name in names]
+    clean, times = view.x[view.row], plan.noises
+    return {
+        "x": before.x[before.row],
+        "path": sigmas[plan.lead :].expand(len(clean), -1),
+        "clean": clean,
+        "noise": normals(streams, (times, *clean.shape[1:]), clean.device),
+        "state": torch.stack([state_ids(prompts.group, prompts.member, i) for i in range(times)], 1),
+    }
 
 
 def siblings(common: Tensor, own: Tensor, correlation: float) -> Tensor:

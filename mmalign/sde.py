@@ -9,11 +9,17 @@ e = x + (1 - sigma) v every kind of step is the Euler step of the ODE, pulled al
     flow   pull = g^2 d / (2 sigma)                    std = g sqrt(d), g = level sqrt(sigma / (1 - sigma))
     dance  pull = g^2 d / (2 sigma)                    std = g sqrt(d), g = level
     cps    pull = sigma_next (1 - cos(level pi/2))     std = sigma_next sin(level pi/2)
+    ddim   pull = sigma_next - sqrt(sigma_next^2 - std^2)   std = level sigma_next sqrt(1 - q^2),
+           q = sigma_next (1 - sigma) / (sigma (1 - sigma_next))
 
 flow is the step of Flow-GRPO (arXiv:2505.05470), dance of DanceGRPO (arXiv:2505.07818), cps of Flow-CPS
-(arXiv:2509.05952). flow and dance follow the data law as the steps grow. cps keeps the schedule's
-coefficients of signal and noise instead; its law does not converge to the data's: a Gaussian's variance ends
-at (1 + cos(level pi/2)) / 2 of what it should be.
+(arXiv:2509.05952), ddim of DDIM (arXiv:2010.02502) with eta = level. flow, dance and ddim follow the data law
+as the steps grow. cps keeps the schedule's coefficients of signal and noise instead; its law does not
+converge to the data's: a Gaussian's variance ends at (1 + cos(level pi/2)) / 2 of what it should be.
+
+Models that predict noise live in y = sqrt(a) x0 + sqrt(1 - a) e. With c = sqrt(a) + sqrt(1 - a), y / c is x
+at sigma = sqrt(1 - a) / c, and the DDIM step from y to y' is the step ddim from x to x', for every eta: one
+kernel serves both. Densities differ by the constant c', which no ratio sees.
 """
 
 from __future__ import annotations
@@ -34,8 +40,9 @@ AT_NOISE = 1 - 1e-6  # from here on sigma counts as 1, where flow's g is infinit
 class Noise:
     """How a stochastic step draws its noise and how its log-probability is written."""
 
-    kind: Literal["flow", "dance", "cps"] = "flow"  # flow and dance follow the data law, cps the schedule
-    level: float = 0.7  # raise to explore more, lower when images break; usual: flow 0.7, dance 0.3, cps 0.8
+    kind: Literal["flow", "dance", "cps", "ddim"] = "flow"  # all follow the data law, but cps the schedule
+    # raise to explore more, lower when images break; usual: flow 0.7, dance 0.3, cps 0.8, ddim 1.0 (its eta)
+    level: float = 0.7
     # gaussian is the true density. unscaled is -(x' - mean)^2 as in the public code of CPS, with no constants
     # and no 1 / (2 std^2); it weighs steps differently and needs another clip range. For cps only.
     density: Literal["gaussian", "unscaled"] = "gaussian"
@@ -45,7 +52,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         for field, value, known in (
-            ("kind", self.kind, ("flow", "dance", "cps")),
+            ("kind", self.kind, ("flow", "dance", "cps", "ddim")),
             ("density", self.density, ("gaussian", "unscaled")),
             ("reduction", self.reduction, ("mean", "sum")),
         ):
@@ -53,8 +60,8 @@ class Noise:
                 raise ValueError(f"noise.{field} must be one of {', '.join(known)}, got {value!r}")
         if not (math.isfinite(self.level) and self.level >= 0):
             raise ValueError(f"noise.level must be 0 or more, got {self.level}")
-        if self.kind == "cps" and self.level > 1:
-            raise ValueError(f"noise.level of cps must lie in [0, 1], got {self.level}")
+        if self.kind in ("cps", "ddim") and self.level > 1:
+            raise ValueError(f"noise.level of {self.kind} must lie in [0, 1], got {self.level}")
         if self.density == "unscaled" and self.kind != "cps":
             raise ValueError(f"noise.density 'unscaled' is the form of cps only, got kind {self.kind!r}")
 
@@ -95,6 +102,11 @@ def transition(
         std = s_next * math.sin(angle)
         pull = s_next * (2 * math.sin(angle / 2) ** 2)  # 1 - cos
         g = std / d.sqrt()
+    elif noise.kind == "ddim":
+        redrawn = 1 - (s_next * (1 - s) / (s * (1 - s_next))) ** 2  # share of the noise that is drawn anew
+        std = noise.level * s_next * redrawn.sqrt()
+        pull = s_next * (noise.level**2 * redrawn / (1 + (1 - noise.level**2 * redrawn).sqrt()))
+        g = std / d.sqrt()
     else:
         g = torch.full_like(s, noise.level)
         if noise.kind == "flow":
@@ -108,7 +120,7 @@ def transition(
 def log_prob(x_next: Tensor, transition: Transition, noise: Noise, dims: tuple[int, ...] = ()) -> Tensor:
     """Log-density of x_next [n, *latent], per element, or over `dims` by noise.reduction.
 
-    The last step of a schedule has std = 0 under cps and no density: it must not be an action.
+    The last step of a schedule has std = 0 under cps and ddim and no density: it must not be an action.
     """
     x_next = _precise(x_next)
     squared = (x_next - transition.mean) ** 2

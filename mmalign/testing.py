@@ -36,6 +36,14 @@ WORDS = """
     square circle triangle star cross cat dog hat
 """.split()  # noqa: SIM905
 
+# The table of Stable Diffusion 1, 2 and XL.
+DIFFUSION: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
 
 def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     """Write a complete `StableDiffusion3Pipeline` with random weights into `folder` and give it back.
@@ -44,28 +52,11 @@ def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     CLIP tokens. Equal seeds give equal weights. t5: False leaves the third text encoder out, as small set-ups
     do.
     """
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     clip_tokens, t5_tokens = _clip_tokenizer(), _t5_tokenizer()
-    clip = CLIPTextConfig(
-        vocab_size=len(clip_tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=16,
-        max_position_embeddings=16,
-        hidden_act="gelu",
-        bos_token_id=clip_tokens.bos_token_id,
-        eos_token_id=clip_tokens.eos_token_id,
-        pad_token_id=clip_tokens.pad_token_id,
-    )
+    clip = _clip_config(clip_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusion3Pipeline(
@@ -84,21 +75,7 @@ def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
                 qk_norm="rms_norm",
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=AutoencoderKL(
-                in_channels=3,
-                out_channels=3,
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                block_out_channels=(4, 4, 8),
-                layers_per_block=1,
-                latent_channels=4,
-                norm_num_groups=2,
-                sample_size=32,
-                scaling_factor=1.5,
-                shift_factor=0.06,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            vae=_vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
             text_encoder=CLIPTextModelWithProjection(clip),
             tokenizer=clip_tokens,
             text_encoder_2=CLIPTextModelWithProjection(clip),
@@ -122,6 +99,114 @@ def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
         )
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def tiny_sd(folder: Path, seed: int = 0, prediction: str = "epsilon") -> Path:
+    """Write a complete `StableDiffusionPipeline` with random weights into `folder` and give it back.
+
+    As tiny as `tiny_sd3`, with the table and the scheduler of Stable Diffusion 1.5. prediction: "epsilon" or
+    "v_prediction", as 2.1 has it.
+    """
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    tokens = _clip_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionPipeline(
+            unet=_unet(cross_attention_dim=16),
+            scheduler=PNDMScheduler(skip_prk_steps=True, prediction_type=prediction, **DIFFUSION),
+            vae=_vae(scaling_factor=0.18215),
+            text_encoder=CLIPTextModel(_clip_config(tokens)),
+            tokenizer=tokens,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_sdxl(folder: Path, seed: int = 0, prediction: str = "epsilon") -> Path:
+    """Write a complete `StableDiffusionXLPipeline` with random weights; otherwise as `tiny_sd`."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    tokens = _clip_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            unet=_unet(
+                cross_attention_dim=32,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 16,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                timestep_spacing="leading", prediction_type=prediction, **DIFFUSION
+            ),
+            vae=_vae(scaling_factor=0.13025),
+            text_encoder=CLIPTextModel(_clip_config(tokens)),
+            tokenizer=tokens,
+            text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokens)),
+            tokenizer_2=_clip_tokenizer(),
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def _unet(**given: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **given,
+    )
+
+
+def _vae(**given: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=32,
+        **given,
+    )
+
+
+def _clip_config(tokens: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        max_position_embeddings=16,
+        hidden_act="gelu",
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
 
 
 def prompts_of(texts: list[str], group: int, extra: list[Mapping[str, object]] | None = None) -> Prompts:

@@ -18,6 +18,7 @@ from mmalign.contracts import Key, LearnedReward, Policy
 from mmalign.coupling import Coupled
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed, local
+from mmalign.gradients import Differentiated
 from mmalign.health import Clock, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
@@ -112,6 +113,7 @@ class Algorithm:
     sampler: str | Callable[[int], str | None] | None = None
     apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
     adaptive: Adaptive | None = None  # what the plans or the credit depend on beside iteration and seed
+    through: Differentiated | None = None  # rewards that the objective differentiates; it meets them first
 
     def sampled_by(self, iteration: int) -> str | None:
         return self.sampler(iteration) if callable(self.sampler) else self.sampler
@@ -151,6 +153,8 @@ class Trainer:
         self.seconds: dict[str, float] = {}  # by phase, over the whole run
         self._stop = False
         self._check_groups()
+        if algorithm.through is not None:
+            algorithm.through.meet(scorer.rewards)
         self.learner = Learner(policy, algorithm, settings, self.distributed)
         self.clock = Clock(self.distributed.device)
 

@@ -22,12 +22,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmalign.contracts import Forwards, Key, LoraSettings, PolicySettings
 from mmalign.copies import Copies
 from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
+    Halted,
     Masks,
     Noised,
     Outcome,
@@ -39,7 +41,7 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.rollout import Rollout, distinct, noise_again, retake, roll_out
+from mmalign.rollout import Rollout, distinct, halt, noise_again, retake, roll_out
 from mmalign.sde import Noise
 
 Condition = Mapping[str, Tensor]  # what the network sees of a text
@@ -47,6 +49,7 @@ Condition = Mapping[str, Tensor]  # what the network sees of a text
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 DECODED_PLACES = 2**14  # of latents decoded at once: four images of 512x512 keep a device busy and fit
+CLEAN = 0.05  # the most sigma at which a schedule may end; diffusion models were never shown less than 0.03
 
 
 class FlowAdapter(Protocol):
@@ -54,11 +57,13 @@ class FlowAdapter(Protocol):
 
     Latents are [n, C, *place] in fp32, whatever the network makes of them (packing them into tokens is the
     adapter's own affair). pipeline: the diffusers pipeline, whose class writes LoRA files. network: its
-    denoiser. lora_targets: endings of the names of the layers that get adapters.
+    denoiser, which the pipeline calls `component`. lora_targets: endings of the names of the layers that get
+    adapters.
     """
 
     pipeline: Any
     network: nn.Module
+    component: str
     lora_targets: tuple[str, ...]
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
@@ -70,7 +75,7 @@ class FlowAdapter(Protocol):
         ...
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
-        """The schedule [steps + 1] for latents of this shape, falling to exactly 0."""
+        """The schedule [steps + 1] for latents of this shape, falling to 0 or what counts as it."""
         ...
 
     def rows(self, guidance: float) -> int:
@@ -94,7 +99,7 @@ class FlowAdapter(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Media of clean latents, [n, 3, H, W] or [n, F, 3, H, W] with values in [0, 1]."""
+        """Media of clean latents, [n, 3, H, W] or [n, F, 3, H, W] with values in [0, 1]; gradients flow."""
         ...
 
     def latents(self, media: Tensor) -> Tensor:
@@ -186,11 +191,13 @@ class FlowPolicy:
             # A state that several samples are in is decoded once.
             media = torch.stack([self._decode(view.x)[view.row] for view in rolled.views], 1).flatten(0, 1)
             clean, replay = rolled.views[0].x[rolled.views[0].row], dict(rolled.actions)
+            replay["guard"] = sigmas[1].expand(samples)
+            if plan.halt:
+                replay = halt(prompts, rolled, plan, sigmas, key)
         if plan.renoise:
             replay = noise_again(prompts, clean, plan.renoise, sigmas, key)
         site, actions = self.shape[1:] if self.by_site else (), plan.actions
         recorded = replay.pop("log_prob", torch.zeros(samples, actions, *site, device=self.device))
-        replay["guard"] = sigmas[1].expand(samples)
         mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
         if plan.learned is not None:
             mask &= torch.tensor([step in plan.learned for step in plan.sde_steps], device=self.device)
@@ -230,10 +237,13 @@ class FlowPolicy:
             if (
                 len(sigmas) != steps + 1
                 or sigmas[0] > 1
-                or sigmas[-1] != 0
+                or not 0 <= sigmas[-1] <= CLEAN
                 or bool((sigmas.diff() >= 0).any())
             ):
-                raise ValueError(f"a schedule of {steps} steps must fall to exactly 0, got {sigmas.tolist()}")
+                raise ValueError(
+                    f"a schedule of {steps} steps must fall from at most 1 to 0 (at most {CLEAN}), got "
+                    f"{sigmas.tolist()}"
+                )
             self._schedules[steps] = sigmas.to(self.device)
         return self._schedules[steps]
 
@@ -283,6 +293,41 @@ class FlowPolicy:
         if len(self._cache) > self.cached_texts:
             self._cache.popitem(last=False)
         return condition
+
+    # ---- the rest of the way, with gradients
+
+    def halted(self, trajectory: Trajectory, pick: Pick) -> Halted:
+        """Where the picked samples were halted (`Plan.halt`), and where they ended."""
+        replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
+        if "path" not in replay:
+            raise ValueError("these samples were not halted on their way: the plan has no halt")
+        return Halted(
+            replay["x"][rows], replay["path"][0], replay["clean"][rows], replay["noise"][rows, columns]
+        )
+
+    def velocity(self, trajectory: Trajectory, pick: Pick, x: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity of states x [n, *latent] at sigma (scalar) for the prompts of the picked samples.
+
+        With gradients it counts as train, and gradient checkpointing keeps nothing of it but x.
+        """
+        guidance, text = self.settings.guidance, trajectory.outcome.prompts.text
+        texts = self._texts([text[row] for row in pick.rows.tolist()], guidance)
+        if not torch.is_grad_enabled():
+            return self._velocity(x, sigma.expand(len(x)), texts, guidance)
+        self.forwards.train += len(x) * self.adapter.rows(guidance)
+        if not self.settings.gradient_checkpointing:
+            return self._forward(x, sigma.expand(len(x)), texts.place, texts, guidance)
+        velocity: Tensor = checkpoint(
+            self._forward, x, sigma.expand(len(x)), texts.place, texts, guidance, use_reentrant=False
+        )
+        return velocity
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Media of clean latents; with gradient checkpointing nothing is kept of it but the latents."""
+        if not (self.settings.gradient_checkpointing and latents.requires_grad):
+            return self._decode(latents)
+        media: Tensor = checkpoint(self._decode, latents, use_reentrant=False)
+        return media
 
     # ---- replay
 
@@ -353,30 +398,30 @@ class FlowPolicy:
     # ---- files
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the LoRA file that plain diffusers loads, or `transformer/` where all weights are trained.
+        """Write the LoRA file that plain diffusers loads, or the network's folder if all of it is trained.
 
         state: the network's gathered state dict, where its parameters are sharded over processes.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        component = self.adapter.component
         if not self.settings.lora.rank:
-            part = folder / ".transformer.part"
+            part = folder / f".{component}.part"
             shutil.rmtree(part, ignore_errors=True)
             self._network.save_pretrained(part, state_dict=state) if state else self._network.save_pretrained(
                 part
             )
-            shutil.rmtree(folder / "transformer", ignore_errors=True)
-            part.rename(folder / "transformer")
+            shutil.rmtree(folder / component, ignore_errors=True)
+            part.rename(folder / component)
             return
         from peft import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(self._network, state_dict=dict(state) if state else None)
         part_name = f"part.{LORA_FILE}"
-        type(self.adapter.pipeline).save_lora_weights(
-            folder,
-            transformer_lora_layers={name: t.detach().cpu().contiguous() for name, t in layers.items()},
-            transformer_lora_adapter_metadata=self._network.peft_config["default"].to_dict(),
-            weight_name=part_name,
-        )
+        named: dict[str, Any] = {
+            f"{component}_lora_layers": {name: t.detach().cpu().contiguous() for name, t in layers.items()},
+            f"{component}_lora_adapter_metadata": self._network.peft_config["default"].to_dict(),
+        }
+        type(self.adapter.pipeline).save_lora_weights(folder, weight_name=part_name, **named)
         os.replace(folder / part_name, folder / LORA_FILE)
 
     @torch.no_grad()
@@ -384,13 +429,13 @@ class FlowPolicy:
         """Take the trainable parameters from what `save` wrote; they must fit exactly."""
         from safetensors.torch import load_file
 
-        live = self._network.state_dict()
+        live, component = self._network.state_dict(), self.adapter.component
         if self.settings.lora.rank:
             lora = {name: p for name, p in live.items() if ".lora_" in name}
-            live = {"transformer." + name.replace(".default.", "."): p for name, p in lora.items()}
+            live = {f"{component}." + name.replace(".default.", "."): p for name, p in lora.items()}
             files = [folder / LORA_FILE]
         else:
-            files = sorted((folder / "transformer").glob("*.safetensors")) or [folder / "transformer"]
+            files = sorted((folder / component).glob("*.safetensors")) or [folder / component]
         if not files[0].is_file():
             raise FileNotFoundError(f"there are no weights of this policy at {files[0]}")
         saved = {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -16,6 +16,7 @@ from mmalign.pipelines.flow import DTYPES, Condition, guided
 class SD3:
     """Adapter of `StableDiffusion3Pipeline`, equal to it in texts, schedule, guidance and decoding."""
 
+    component = "transformer"
     lora_targets = (
         "attn.to_q",
         "attn.to_k",

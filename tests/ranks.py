@@ -7,21 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from known import TWO, Judge, policy_of
+from known import source as known_source
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
 
 from mmalign.algorithms.awm import AWM
 from mmalign.algorithms.branch_grpo import BranchGRPO
 from mmalign.algorithms.crd import CRD
+from mmalign.algorithms.ddpo import DDPO
 from mmalign.algorithms.dense_grpo import DenseGRPO
 from mmalign.algorithms.dgpo import DGPO
 from mmalign.algorithms.diffusion_dpo import DiffusionDPO
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.distill import Distill
+from mmalign.algorithms.draft import DRaFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.algorithms.g2rpo import G2RPO
 from mmalign.algorithms.pref_grpo import PrefGRPO
+from mmalign.algorithms.refl import ReFL
+from mmalign.algorithms.srpo import SRPO
 from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance
 from mmalign.contracts import Policy
@@ -51,9 +57,10 @@ class Brighter:
         return ((first.mean((1, 2, 3)) - second.mean((1, 2, 3))).sign() + 1) / 2
 
 
-TWO, ALIKE = Renoise(2), Renoise(2, shared=True)
+TWICE, ALIKE = Renoise(2), Renoise(2, shared=True)
 FULL = FlowGRPO(steps=4, clip=1e-2, kl=0.1)
 FAST = FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7))
+THROUGH = {"refl": ReFL(steps=5), "draft": DRaFT(steps=5, last=2), "srpo": SRPO(steps=5, margin=9.0)}
 SCENARIOS: dict[str, dict[str, Any]] = {
     "groups whole on a rank": {"algorithm": FULL, "groups": 4, "members": 4},
     "groups split across ranks": {"algorithm": FULL, "groups": 3, "members": 6, "updates": 3},
@@ -79,10 +86,15 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "reward": Patchy(),
     },
     "gains of steps": {"algorithm": DenseGRPO(steps=4, clip=1e-2), "groups": 3, "members": 4, "updates": 1},
+    "steps of DDIM without a clip": {
+        "algorithm": DDPO(steps=4, clip=None, kl=0.1),
+        "groups": 4,
+        "members": 4,
+    },
     "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
-    "noised again": {"algorithm": DiffusionNFT(steps=3, renoise=TWO), "groups": 4, "members": 4},
+    "noised again": {"algorithm": DiffusionNFT(steps=3, renoise=TWICE), "groups": 4, "members": 4},
     "ratio of a sample": {
-        "algorithm": AWM(steps=3, renoise=TWO, ratio="sample"),
+        "algorithm": AWM(steps=3, renoise=TWICE, ratio="sample"),
         "groups": 3,
         "members": 4,
         "updates": 3,
@@ -94,7 +106,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "updates": 3,
     },
     "centered, missing verdicts": {
-        "algorithm": CRD(steps=3, renoise=TWO, kl_guidance=None),
+        "algorithm": CRD(steps=3, renoise=TWICE, kl_guidance=None),
         "groups": 3,
         "members": 6,
         "updates": 1,
@@ -136,6 +148,16 @@ def tiny(folder: Path, distributed: Distributed) -> dict[str, Any]:
     algorithm, scorer = FAST.build({"brightness": 1.0}), Scorer([Brightness()])
     training = TrainingSettings(iterations=3, learning_rate=1e-3, batch=5, updates=1, noise_floor="warn")
     Trainer(policy, algorithm, scorer, prompts, training, distributed, notes).run()
+    return kept(policy, notes, distributed)
+
+
+def through(method: str, distributed: Distributed) -> dict[str, Any]:
+    """Three iterations of a method that differentiates through its reward, on a mixture of Gaussians."""
+    algorithm = THROUGH[method].build({"value": 1.0})
+    policy, notes = policy_of(TWO, algorithm.noise), Notes()
+    settings = TrainingSettings(iterations=3, learning_rate=1e-2, batch=5, updates=2)
+    scorer = Scorer([Judge(lambda x: x[:, 0])])
+    Trainer(policy, algorithm, scorer, known_source(4, groups=4), settings, distributed, notes).run()
     return kept(policy, notes, distributed)
 
 
@@ -181,6 +203,7 @@ if __name__ == "__main__":
     world = Distributed("cpu")
     found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
     found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
+    found |= {method: through(method, world) for method in THROUGH}
     found["tiny"] = tiny(Path(sys.argv[2]), world)
     torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
     world.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmalign.contracts import Forwards, Key
 from mmalign.copies import Copies
 from mmalign.data import Prompt, PromptSource
+from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
     Masks,
@@ -165,6 +166,12 @@ class Brightness:
         values = outcome.media.mean(1).flatten(1)
         mask = torch.eye(4).reshape(1, 4, 1, 2, 2).expand(len(values), -1, -1, -1, -1)
         return RewardSignal(self.name, values, Unit.REGION, where=Masks(mask))
+
+
+def initial(prompts: Prompts, shape: Sequence[int], key: Key) -> Tensor:
+    """The noise that samples which share none start from, [B, *shape]."""
+    names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
+    return normals([generator(*key, "initial", 0, *name) for name in names], shape)
 
 
 def source(per_iteration: int = 4, group: int = 4, seed: int = 0) -> PromptSource:

@@ -8,6 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from toys import initial
 
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.pipelines import load, pipeline_class
@@ -38,7 +39,7 @@ def both(policy, pipeline, texts=TEXTS, steps=5, **call) -> tuple[torch.Tensor, 
         num_inference_steps=steps,
         guidance_scale=settings.guidance,
         max_sequence_length=settings.max_sequence_length,
-        latents=policy._prior(prompts, False, KEY),
+        latents=initial(prompts, policy.shape, KEY),
         output_type="pt",
         **call,
     ).images
@@ -97,7 +98,7 @@ def same_embeddings(policy, pipeline, texts, steps) -> tuple[torch.Tensor, torch
         negative_pooled_prompt_embeds=negative["pooled"].expand_as(pooled),
         num_inference_steps=steps,
         guidance_scale=policy.settings.guidance,
-        latents=policy._prior(prompts_of(texts, 1), False, KEY),
+        latents=initial(prompts_of(texts, 1), policy.shape, KEY),
         output_type="pt",
     ).images
     return policy.images(prompts_of(texts, 1), steps, KEY), theirs
