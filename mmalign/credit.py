@@ -308,8 +308,10 @@ class Credit:
 
     def _compared(self, trajectory: Trajectory, peers: Peers) -> Tensor:
         """The number of the samples with which each is compared, [N]."""
-        if self.compare == "group" or trajectory.plan is None:
+        if self.compare == "group":
             return peers.group
+        if trajectory.plan is None:
+            raise TypeError("compare='start' needs a policy that tells the plan it followed")
         start = trajectory.plan.kin(peers.member, 0)
         names: Tensor = torch.unique(torch.stack([peers.group, start], 1), dim=0, return_inverse=True)[1]
         return names

@@ -116,7 +116,8 @@ class Plan:
                 raise ValueError(f"{name} must rise and be among sde_steps={self.sde_steps}, got {steps}")
         if self.learned is not None and actions and not self.learned:
             raise ValueError("learned must name at least one action; None learns from all")
-        if self.levels is not None and (len(self.levels) != len(actions) or not min(self.levels) > 0):
+        levels = self.levels or ()
+        if self.levels is not None and (len(levels) != len(actions) or not all(v > 0 for v in levels)):
             raise ValueError(f"levels must be positive, one for each of {self.sde_steps}, got {self.levels}")
         if self.starts < 1 or self.ways < 1:
             raise ValueError(f"starts and ways must be at least 1, got {self.starts}, {self.ways}")

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_a_recipe_runs(path, tmp_path, monkeypatch, capsys):
     assert result["iterations"] == 2
     assert result["heldout"]
     assert result["forwards"]["train"] > 0
+    # What was announced is what was spent, but for actions that turned out to say nothing.
+    (plan,) = [
+        line for line in (tmp_path / "run/config.yaml").read_text().splitlines() if "forwards an" in line
+    ]
+    sample, train = (int(number) for number in re.findall(r"(\d+) to", plan))
+    assert abs(result["forwards"]["sample"] - 2 * sample) <= 1
+    assert result["forwards"]["train"] <= 2 * train + 1
 
 
 def test_there_is_a_launch_configuration_for_every_kind_of_machine():

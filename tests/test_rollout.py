@@ -79,6 +79,18 @@ def test_the_gradient_of_shared_forwards_is_that_of_each_member_alone(plan):
 
 
 @forms
+def test_a_shared_forward_gives_every_member_the_log_prob_of_its_own(plan):
+    policy = ToyFlow()
+    trajectory = policy.sample(names(2, 4), plan, KEY)
+    for pick in picked(policy, trajectory, 3):
+        together = policy.evaluate(trajectory, pick)
+        for i in range(len(pick)):
+            alone = policy.evaluate(trajectory, Pick(pick.rows[i : i + 1], pick.columns[i : i + 1]))
+            assert_close(together.log_prob[i : i + 1], alone.log_prob, atol=1e-6, rtol=0)
+            assert_close(together.mean[i : i + 1], alone.mean, atol=1e-6, rtol=0)
+
+
+@forms
 def test_a_sample_is_the_same_in_any_batch(plan):
     policy, prompts = ToyFlow(), names(2, 4)
     whole, views = policy.sample(prompts, plan, KEY), plan.views

@@ -124,6 +124,29 @@ def test_a_broken_policy_is_told_what_is_wrong(make, kind, message):
         check_policy(make(kind=kind), prompts_of(TEXTS, 2), Plan(3, (0, 1)))
 
 
+class Unrelated(FlowPolicy):
+    def sample(self, prompts, plan, key):
+        return super().sample(prompts, dataclasses.replace(plan, share_noise=False, splits=()), key)
+
+
+class Spendthrift(FlowPolicy):
+    def sample(self, prompts, plan, key):
+        self.forwards.sample += 1
+        return super().sample(prompts, plan, key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Unrelated, "members that share the action at step 0 have different log-probabilities of it"),
+        (Spendthrift, "sampling took 19 network rows, the plan 18, or twice that"),
+    ],
+)
+def test_a_policy_that_grows_another_tree_is_told_what_is_wrong(make, kind, message):
+    with pytest.raises(AssertionError, match=message):
+        check_policy(make(kind=kind), prompts_of(TEXTS, 4), TREE)
+
+
 def test_the_check_leaves_the_policy_as_it_was(make):
     policy = make()
     before = [p.detach().clone() for p in policy.module.parameters()]
