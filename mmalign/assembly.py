@@ -293,7 +293,8 @@ def derive(
     groups, size, updates = config.prompts.per_iteration, config.prompts.group, config.training.updates
     samples, rows = groups * size, policy.adapter.rows(config.policy.guidance)
     found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]
-    costs = [[forwards(plan, samples, groups, rows) for plan in plans] for plans in found]
+    keep = min(size, 2 * algorithm.credit.extremes or size) * groups
+    costs = [[forwards(plan, samples, groups, rows, keep) for plan in plans] for plans in found]
     sample = sum(cost[0] for plans in costs for cost in plans) / len(costs)
     train = sum(cost[1] for plans in costs for cost in plans) / len(costs)
     actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})
@@ -309,19 +310,17 @@ def derive(
     }
 
 
-def forwards(plan: Plan, samples: int, groups: int, rows: int) -> tuple[int, int]:
-    """Sample-forwards to sample and to train under a plan.
+def forwards(plan: Plan, samples: int, groups: int, rows: int, keep: int = 0) -> tuple[int, int]:
+    """Sample-forwards to sample and to train under a plan; keep: how many samples are learned from (0: all).
 
     Members that share their noise are one sample up to their first action and share its forward, as do
     completions their first.
     """
-    shared = samples - groups if plan.share_noise and plan.sde_steps else 0
-    start = plan.sde_steps[0] if plan.sde_steps else 0
-    tail = sum(
-        -(-(plan.steps - 1 - last) // stride)
-        for last in [(plan.sde_steps or (-1,))[-1]]
-        for stride in plan.strides
-    )
+    keep, shares = keep or samples, plan.share_noise and bool(plan.stochastic)
+    first, last = (plan.stochastic[0], plan.stochastic[-1]) if plan.stochastic else (0, -1)
+    tail = plan.tail or sum(-(-(plan.steps - 1 - last) // stride) for stride in plan.strides)
     tail -= len(plan.strides) - 1
-    sample = samples * ((plan.sde_steps[-1] + 1 if plan.sde_steps else 0) + tail) - shared * (start + 1)
-    return sample * rows, (samples * (len(plan.sde_steps) or plan.renoise) - shared) * rows
+    sample = samples * (last + 1 + tail) - shares * (samples - groups) * (first + 1)
+    train = keep * (len(plan.sde_steps) or plan.renoise)
+    train -= (shares and first in plan.sde_steps) * (keep - groups)
+    return sample * rows, train * rows

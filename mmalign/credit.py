@@ -127,6 +127,20 @@ def _statistics(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> 
     return _Statistics(count, distance, total(distance**2))
 
 
+def best_and_worst(score: Tensor, counted: Tensor, group: Tensor, number: int) -> Tensor:
+    """Which counted samples are among the `number` best or the `number` worst of their group; all are [N].
+
+    Among equal ones the first are the lower; a group of fewer than twice the number keeps all.
+    """
+    chosen = torch.zeros_like(counted)
+    for one in torch.unique(group):
+        rows = ((group == one) & counted).nonzero().flatten()
+        order = rows[torch.argsort(score[rows], stable=True)]
+        chosen[order[:number]] = True
+        chosen[order[max(0, len(order) - number) :]] = True
+    return chosen
+
+
 # How loudly does an action speak? Unscaled: Credit makes the weights of an update sum to 1.
 
 
@@ -190,6 +204,9 @@ class Credit:
     reach: Literal["whole", "upstream", "local"] = "local"
     weigh: Weigh = per_sample
     clip: float = 5.0  # bound on the advantage
+    # Of each group learn from so many of the best and as many of the worst alone; the others only take part
+    # in the comparison (DanceGRPO's best-of-n). 0: from all.
+    extremes: int = 0
 
     def __call__(
         self,
@@ -223,8 +240,13 @@ class Credit:
         names = tuple(s.name for s in signals) if self.combine == "apart" else ("total",)
         if self.combine != "apart":
             rows = [torch.stack(_alike(rows)).sum(0)]
-        values = torch.stack(_alike(rows)).clamp(-self.clip, self.clip)
+        values = torch.stack(_alike(rows))
         counted = torch.stack([_valid(s).any(1) for s in signals]).any(0)
+        if self.extremes:
+            score = values.sum(0).flatten(1).mean(1)
+            every, scored = peers.all(score), peers.all(counted.long()).bool()
+            counted = best_and_worst(every, scored, peers.group, self.extremes)[peers.mine]
+        values = values.clamp(-self.clip, self.clip)
         weight = self._loudness(trajectory, counted, peers, part)
         device = trajectory.log_prob.device
         return Advantage(values.float().to(device), weight.float().to(device), names)

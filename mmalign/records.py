@@ -25,7 +25,9 @@ class Plan:
     so that they are one and the same sample up to their first action. strides: after the last action the
     schedule is finished once per stride, taking every stride-th step; each gives one completion (a view) of
     the same actions. renoise: for methods of the forward process, which take no action while sampling: every
-    finished sample is noised again at so many times, and each of these noised states is an action.
+    finished sample is noised again at so many times, and each of these noised states is an action. noisy:
+    further steps that draw noise; they are no actions, and nothing of them is recorded. tail: after the last
+    noise, so many steps of DPM-Solver++ over a wider grid in place of the schedule's Euler steps; 0: none.
     """
 
     steps: int
@@ -33,24 +35,40 @@ class Plan:
     share_noise: bool = False
     strides: tuple[int, ...] = (1,)
     renoise: int = 0
+    noisy: tuple[int, ...] = ()
+    tail: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"a plan needs at least one step, got steps={self.steps}")
-        if list(self.sde_steps) != sorted(set(self.sde_steps)):
-            raise ValueError(f"sde_steps must rise without repeats, got {self.sde_steps}")
-        if self.sde_steps and not 0 <= self.sde_steps[0] <= self.sde_steps[-1] < self.steps - 1:
-            raise ValueError(
-                f"sde_steps must lie in 0..{self.steps - 2} (the last of {self.steps} steps draws no noise), "
-                f"got {self.sde_steps}"
-            )
+        for name, found in (("sde_steps", self.sde_steps), ("noisy", self.noisy)):
+            if list(found) != sorted(set(found)):
+                raise ValueError(f"{name} must rise without repeats, got {found}")
+            if found and not 0 <= found[0] <= found[-1] < self.steps - 1:
+                raise ValueError(
+                    f"{name} must lie in 0..{self.steps - 2} (the last of {self.steps} steps draws no "
+                    f"noise), got {found}"
+                )
+        if both := sorted(set(self.sde_steps) & set(self.noisy)):
+            raise ValueError(f"a step is in sde_steps or in noisy, but {both} are in both")
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be positive and at least one, got {self.strides}")
-        if self.renoise < 0 or (self.renoise and (self.sde_steps or self.strides != (1,))):
+        left = self.steps - 1 - max(self.stochastic, default=-1)
+        if not 0 <= self.tail <= left or (self.tail and self.strides != (1,)):
+            raise ValueError(
+                f"tail takes the place of the last {left} steps of one completion, so it must lie in "
+                f"0..{left} with strides (1,), got tail={self.tail}, strides={self.strides}"
+            )
+        if self.renoise < 0 or (self.renoise and (self.stochastic or self.strides != (1,))):
             raise ValueError(
                 f"renoise must not be negative and goes with ODE sampling alone, got renoise={self.renoise}, "
-                f"sde_steps={self.sde_steps}, strides={self.strides}"
+                f"sde_steps={self.sde_steps}, noisy={self.noisy}, strides={self.strides}"
             )
+
+    @property
+    def stochastic(self) -> tuple[int, ...]:
+        """All steps that draw noise, in order."""
+        return tuple(sorted(self.sde_steps + self.noisy))
 
 
 @dataclass(frozen=True)
@@ -246,12 +264,24 @@ class Noised:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Gaussian actions as they were taken: to x_next, around the mean of the policy that sampled.
+
+    mean, x_next: [n, *latent].
+    """
+
+    mean: Tensor
+    x_next: Tensor
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How likely the picked actions are now.
 
     log_prob: [n, *site]. For Gaussian actions also mean [n, *latent], std and step (the time it covers, d >
-    0) broadcastable to it, and the velocity [n, *latent] that gave the mean. For samples noised again
-    (`Plan.renoise`) log_prob is 0, and there are the velocity and the noised state it was asked at.
+    0) broadcastable to it, the velocity [n, *latent] that gave the mean, slope (d mean / d velocity = -slope,
+    as std) and the action as it was drawn. For samples noised again (`Plan.renoise`) log_prob is 0, and there
+    are the velocity and the noised state it was asked at.
     """
 
     log_prob: Tensor
@@ -260,3 +290,5 @@ class Evaluation:
     velocity: Tensor | None = None
     step: Tensor | None = None
     noised: Noised | None = None
+    slope: Tensor | None = None
+    drawn: Drawn | None = None

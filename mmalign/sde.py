@@ -119,6 +119,12 @@ def transition(
     return Transition(mean, std, std / d.sqrt(), d, d + pull * (1 - s))
 
 
+def log_q(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """Logarithm of q = u (1 - t) / (t (1 - u)), to which a step from t to u shrinks noise against signal."""
+    d = sigma - sigma_next
+    return torch.log1p(-d / sigma) + torch.log1p(-d / (1 - sigma_next))
+
+
 def _integral(s: Tensor, s_next: Tensor, guard: Tensor) -> Tensor:
     """Of sigma / (1 - sigma) over a step; in the one that starts at noise, 1 - sigma is 1 - guard or more."""
     top = torch.where(s >= AT_NOISE, guard, s)
@@ -131,14 +137,9 @@ def _replaced(noise: Noise, s: Tensor, s_next: Tensor) -> tuple[Tensor | float, 
     if noise.kind == "cps":
         angle = noise.level * math.pi / 2
         return math.sin(angle), 2 * math.sin(angle / 2) ** 2
-    d = s - s_next
-    if noise.kind == "precise":
-        log_q = torch.log1p(-d / s) + torch.log1p(-d / (1 - s_next))
-    else:
-        log_q = -d / (s * s_next)
-    log_k = (
-        noise.level**2 / 2 * log_q.clamp(min=torch.finfo(log_q.dtype).min)
-    )  # 0 without noise, even at q = 0
+    rate = log_q(s, s_next) if noise.kind == "precise" else -(s - s_next) / (s * s_next)
+    # Finite, so that without noise k is 1 even where q is 0.
+    log_k = noise.level**2 / 2 * rate.clamp(min=torch.finfo(rate.dtype).min)
     return (-torch.expm1(2 * log_k)).sqrt(), -torch.expm1(log_k)
 
 

@@ -188,8 +188,9 @@ def _check_streams(policy: Policy, trajectory: Trajectory, plan: Plan, key: Key,
     other = policy.sample(prompts, plan, (*key, "other")).outcome.media
     assert not _same(media, other, 0), "another key gave the same samples"
     if isinstance(media, Tensor):
+        quiet_plan = replace(plan, sde_steps=(), noisy=())
         for shared in (False, True):
-            quiet = policy.sample(prompts, replace(plan, sde_steps=(), share_noise=shared), key).outcome.media
+            quiet = policy.sample(prompts, replace(quiet_plan, share_noise=shared), key).outcome.media
             assert isinstance(quiet, Tensor)
             for group in sorted(set(prompts.group.tolist())):
                 members = quiet[:: len(plan.strides)][(prompts.group == group).to(quiet.device)]

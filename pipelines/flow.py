@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,6 +28,7 @@ from mmalign.contracts import Forwards, Key, LoraSettings, PolicySettings
 from mmalign.copies import Copies
 from mmalign.randomness import generator, normals
 from mmalign.records import (
+    Drawn,
     Evaluation,
     Masks,
     Noised,
@@ -40,12 +42,13 @@ from mmalign.records import (
     Whole,
 )
 from mmalign.sde import Noise, euler, log_prob, transition
+from mmalign.solvers import Estimate, compressed, multistep
 
 Condition = Mapping[str, Tensor]  # what the network sees of a text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
-RECORDED = ("x", "x_next", "sigma", "sigma_next", "state", "log_prob")  # of every action
+RECORDED = ("x", "x_next", "sigma", "sigma_next", "state", "mean", "log_prob")  # of every action
 DECODED_PLACES = 2**14  # of latents decoded at once: four images of 512x512 keep a device busy and fit
 
 
@@ -139,8 +142,9 @@ class FlowPolicy:
     ratios per place has another objective, with its own clip range. chunk: network rows of one forward in
     sampling; raise it until the device is busy, lower it if memory runs out. seed: of the first LoRA weights.
 
-    `replay` holds per action x and x_next [B, S, *latent], sigma and sigma_next [B, S] and, on the CPU,
-    state [B, S] (see `state_ids`); per sample the schedule's guard [B]. Floats are fp32 at every precision.
+    `replay` holds per action x, x_next and its mean [B, S, *latent], sigma and sigma_next [B, S] and, on the
+    CPU, state [B, S] (see `state_ids`); per sample the schedule's guard [B]. Floats are fp32 at every
+    precision.
     """
 
     def __init__(
@@ -186,10 +190,10 @@ class FlowPolicy:
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
-        """Sample by the plan: the ODE, with noise drawn and recorded at `plan.sde_steps`."""
-        if plan.sde_steps and self.noise.level == 0:
+        """Sample by the plan: the ODE, noise drawn at `plan.stochastic` and recorded at `plan.sde_steps`."""
+        if plan.stochastic and self.noise.level == 0:
             raise ValueError(
-                f"noise.level is 0, zero SDE noise with an SDE algorithm: steps {plan.sde_steps} are to be "
+                f"noise.level is 0, zero SDE noise with an SDE algorithm: steps {plan.stochastic} are to be "
                 "stochastic; give it a level above 0, or a plan without sde_steps"
             )
         sigmas, guidance, samples = self._schedule(plan.steps), self.settings.guidance, len(prompts)
@@ -202,10 +206,10 @@ class FlowPolicy:
         )
         streams = [generator(*key, "noise", *name) for name in _names(prompts)]
         record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
-        start = plan.sde_steps[-1] + 1 if plan.sde_steps else 0
+        start, before = max(plan.stochastic, default=-1) + 1, None
         for step in range(start):
             velocity = self._velocity(x, sigmas[step].expand(len(x)), texts, guidance)
-            if step not in plan.sde_steps:
+            if step not in plan.stochastic:
                 x = euler(x, velocity, sigmas[step], sigmas[step + 1])
                 continue
             state = state_ids(prompts.group, prompts.member, step, shared)
@@ -214,11 +218,16 @@ class FlowPolicy:
             sigma, sigma_next = sigmas[step].expand(samples), sigmas[step + 1].expand(samples)
             moved = transition(x, velocity, sigma, sigma_next, self.noise, sigmas[1])
             x_next = moved.mean + moved.std * normals(streams, self.shape, self.device)
-            likely = log_prob(x_next, moved, self.noise, self._dims)
-            for name, value in zip(RECORDED, (x, x_next, sigma, sigma_next, state, likely), strict=True):
-                record[name].append(value)
-            x = x_next
-        views = self._finish(x, texts, sigmas, start, plan.strides, guidance)
+            if step in plan.sde_steps:
+                likely = log_prob(x_next, moved, self.noise, self._dims)
+                values = (x, x_next, sigma, sigma_next, state, moved.mean, likely)
+                for name, value in zip(RECORDED, values, strict=True):
+                    record[name].append(value)
+            x, before = x_next, Estimate(x - sigmas[step] * velocity, sigmas[step])
+        if plan.tail:
+            views = [self._multistep(x, texts, compressed(sigmas[start:], plan.tail), before, guidance)]
+        else:
+            views = self._finish(x, texts, sigmas, start, plan.strides, guidance)
         if shared:  # nothing was drawn: the members are one to the end
             views = [view[row] for view in views]
         media = self._decode(torch.stack(views, 1).flatten(0, 1))
@@ -279,6 +288,15 @@ class FlowPolicy:
             for i, velocity in zip(going, velocities, strict=True):
                 views[i] = euler(views[i], velocity, sigmas[paths[i][hop]], sigmas[paths[i][hop + 1]])
         return views
+
+    def _multistep(
+        self, x: Tensor, texts: _Texts, sigmas: Tensor, before: Estimate | None, guidance: float
+    ) -> Tensor:
+        """Follow the ODE along `sigmas` with steps of second order."""
+        for sigma, sigma_next in pairwise(sigmas):
+            velocity = self._velocity(x, sigma.expand(len(x)), texts, guidance)
+            x, before = multistep(x, velocity, sigma, sigma_next, before)
+        return x
 
     def _schedule(self, steps: int) -> Tensor:
         if steps not in self._schedules:
@@ -381,7 +399,8 @@ class FlowPolicy:
         sigma_next, x_next = replay["sigma_next"][rows, columns], replay["x_next"][rows, columns]
         moved = transition(x, velocity, sigma, sigma_next, self.noise, replay["guard"][rows])
         likely = log_prob(x_next, moved, self.noise, self._dims)
-        return Evaluation(likely, moved.mean, moved.std, velocity, moved.step)
+        drawn = Drawn(replay["mean"][rows, columns], x_next)
+        return Evaluation(likely, moved.mean, moved.std, velocity, moved.step, slope=moved.slope, drawn=drawn)
 
     @property
     def _dims(self) -> tuple[int, ...]:

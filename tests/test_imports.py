@@ -38,14 +38,14 @@ ONLY_BY = {
 # Modules -> all that they may import of this project, and why.
 ONLY_FROM = {
     r"mmalign\.(records|copies|randomness)": (r"nothing", "it is the innermost"),
-    r"mmalign\.sde": (r"mmalign\.records", "it is arithmetic"),
+    r"mmalign\.(sde|solvers)": (r"mmalign\.(records|sde)", "it is arithmetic"),
     r"mmalign\.contracts": (r"mmalign\.(copies|records)", "contracts speak of records"),
     r"mmalign\.(credit|objectives|plans|updates)": (
         r"mmalign\.(contracts|copies|randomness|records|sde)",
         "a method's parts know the contracts, not the loop",
     ),
     r"mmalign\.pipelines\b.*": (
-        r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|sde)",
+        r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|sde|solvers)",
         "a pipeline knows no reward, no credit and no loop",
     ),
     r"mmalign\.rewardmodels\b.*": (

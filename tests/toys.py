@@ -14,6 +14,7 @@ from mmalign.copies import Copies
 from mmalign.data import Prompt, PromptSource
 from mmalign.randomness import generator, normals
 from mmalign.records import (
+    Drawn,
     Evaluation,
     Masks,
     Outcome,
@@ -28,6 +29,7 @@ from mmalign.records import (
     Whole,
 )
 from mmalign.sde import Noise, euler, log_prob, transition
+from mmalign.solvers import Estimate, compressed, multistep
 
 SHAPE = (4, 2, 2)  # of a latent; three of its channels are the picture
 
@@ -74,8 +76,11 @@ class ToyFlow:
         streams = [generator(*key, "step", g, m) for g, m in zip(groups, members, strict=True)]
         text, sigmas = torch.tensor([int(t) for t in prompts.text]), torch.linspace(1, 0, plan.steps + 1)
         kept: list[tuple[Tensor, ...]] = []
-        for i in range(plan.steps):
-            shared = plan.share_noise and (not plan.sde_steps or i <= plan.sde_steps[0])
+        start, before = max(plan.stochastic, default=-1) + 1, None
+        if plan.tail:
+            sigmas = torch.cat([sigmas[:start], compressed(sigmas[start:], plan.tail)])
+        for i in range(len(sigmas) - 1):
+            shared = plan.share_noise and (not plan.stochastic or i <= plan.stochastic[0])
             state = (
                 prompts.group * 1000 + i if shared else (prompts.group * 1000 + prompts.member + 1) * 1000 + i
             )
@@ -83,14 +88,20 @@ class ToyFlow:
             sigma, after = (sigmas[j].expand(len(prompts)) for j in (i, i + 1))
             velocity = self.module(x[first], sigma[first], text[first])[inverse]
             self.forwards.sample += len(first)
-            if i not in plan.sde_steps:
+            if plan.tail and i >= start:
+                x, before = multistep(x, velocity, sigmas[i], sigmas[i + 1], before)
+                continue
+            before = Estimate(x - sigmas[i] * velocity, sigmas[i])
+            if i not in plan.stochastic:
                 x = euler(x, velocity, sigma, after)
                 continue
             step = transition(x, velocity, sigma, after, self.noise, sigmas[1])
             y = step.mean + step.std * normals(streams, SHAPE)
-            kept.append((x, y, sigma, after, state, log_prob(y, step, self.noise, self.dims)))
+            if i in plan.sde_steps:
+                likely = log_prob(y, step, self.noise, self.dims)
+                kept.append((x, y, sigma, after, state, step.mean, likely))
             x = y
-        names_ = ("x", "next", "sigma", "sigma_next", "state", "log_prob")
+        names_ = ("x", "next", "sigma", "sigma_next", "state", "mean", "log_prob")
         replay = {
             name: torch.stack(found, 1) for name, found in zip(names_, zip(*kept, strict=True), strict=True)
         }
@@ -121,7 +132,8 @@ class ToyFlow:
         guard = replay["guard"][pick.rows]
         step = transition(x, velocity, sigma, replay["sigma_next"][at], self.noise, guard)
         likely = log_prob(replay["next"][at], step, self.noise, self.dims)
-        return Evaluation(likely, step.mean, step.std, velocity, step.step)
+        drawn = Drawn(replay["mean"][at], replay["next"][at])
+        return Evaluation(likely, step.mean, step.std, velocity, step.step, slope=step.slope, drawn=drawn)
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
         columns, sites = trajectory.log_prob.shape[1], trajectory.log_prob.shape[2:]

@@ -5,6 +5,7 @@ A method of your own needs no entry: name it as `my_package.my_module:MyMethod`.
 """
 
 ALGORITHMS: dict[str, str] = {
+    "dance_grpo": "mmalign.algorithms.dance_grpo:DanceGRPO",
     "diffusion_nft": "mmalign.algorithms.diffusion_nft:DiffusionNFT",
     "flow_grpo": "mmalign.algorithms.flow_grpo:FlowGRPO",
     "flow_grpo_fast": "mmalign.algorithms.flow_grpo_fast:FlowGRPOFast",

@@ -1,6 +1,7 @@
 """The denoising loop: what a group shares, what is recorded, what it costs, and that replay agrees."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,8 +53,13 @@ def stir(policy, scale=0.1) -> None:
         (Plan(5, (0, 1, 2, 3)), Noise("cps", 0.8, density="unscaled"), {"gradient_checkpointing": True}),
         (SHARED, Noise("flow", 0.7, reduction="mean"), {"by_site": True, "height": 16, "width": 24}),
         (Plan(4), Noise(), {}),
+        (Plan(5, (1, 3), True, noisy=(0, 2)), Noise("precise", 0.7), {}),
+        (Plan(7, (1, 2), True, tail=2), Noise("sage", 0.7), {"guidance": 2.0}),
     ],
-    ids=["window", "shared, guided", "completions, full", "all steps", "by site", "no action"],
+    ids=[
+        *("window", "shared, guided", "completions, full", "all steps", "by site", "no action"),
+        *("part of the noise", "second order"),
+    ],
 )
 def test_the_policy_keeps_its_contract(make, prompts, plan, noise, more):
     check_policy(make(noise, **more), prompts, plan)
@@ -344,6 +350,70 @@ def test_every_completion_is_the_one_of_its_stride_alone(make, prompts):
         alone = policy.sample(prompts, dataclasses.replace(plan, strides=(stride,)), KEY)
         assert_close(together.outcome.media[i::3], alone.outcome.media, atol=1e-5, rtol=0)
         assert torch.equal(together.log_prob, alone.log_prob)
+
+
+def test_noise_that_is_no_action_is_drawn_all_the_same(make, prompts):
+    policy = make(Noise("dance", 0.5))
+    every = policy.sample(prompts, Plan(6, (0, 1, 2, 3, 4), True), KEY)
+    some = policy.sample(prompts, Plan(6, (1, 3), True, noisy=(0, 2, 4)), KEY)
+    assert torch.equal(some.outcome.media, every.outcome.media)
+    assert torch.equal(some.log_prob, every.log_prob[:, [1, 3]])
+    for name in ("x", "x_next", "mean", "sigma", "sigma_next"):
+        assert torch.equal(some.replay[name], every.replay[name][:, [1, 3]])
+    assert len(some.replay["state"].unique()) == 6 * 2  # members parted before the first action
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_steps_of_second_order_go_on_from_the_last_estimate_of_the_window(make, prompts, shared):
+    policy = make(guidance=2.0)
+    stir(policy)
+    trajectory = policy.sample(prompts, Plan(8, (1, 2), shared, tail=3), KEY)
+    groups, members = 2, 3
+    first = groups * 2 + groups * members if shared else groups * members * 3
+    assert policy.forwards.sample == 2 * (first + groups * members * 3)
+    last = Pick(torch.arange(6), torch.ones(6, dtype=torch.int64))
+    with torch.no_grad():
+        now = policy.evaluate(trajectory, last)
+    sigmas = policy._schedule(8)
+    before = (sigmas[2], trajectory.replay["x"][:, 1] - sigmas[2] * now.velocity)
+    x, texts = trajectory.replay["x_next"][:, 1], policy._texts(prompts.text, 2.0)
+    grid = torch.tensor([sigmas[3], sigmas[4].lerp(sigmas[5], 2 / 3), sigmas[6].lerp(sigmas[7], 1 / 3), 0.0])
+    for t, u in pairwise(grid):
+        v = policy._velocity(x, t.expand(6), texts, 2.0)
+        clean = x - t * v
+        if u > 0:
+            h, h_before = (((1 - b) / b).log() - ((1 - a) / a).log() for a, b in ((t, u), (before[0], t)))
+            guess = clean + (clean - before[1]) * h / (2 * h_before)
+        else:
+            guess = clean
+        x, before = u / t * x + (1 - u / t) * guess, (t, clean)
+    assert_close(policy._decode(x), trajectory.outcome.media, atol=1e-5, rtol=0)
+
+
+def test_a_tail_of_one_step_ends_at_the_clean_estimate_and_a_tail_from_noise_begins_as_euler(make, prompts):
+    policy = make()
+    stir(policy)
+    assert_close(
+        policy.sample(prompts, Plan(6, (0, 1), tail=1), KEY).outcome.media,
+        policy.sample(prompts, Plan(6, (0, 1), strides=(4,)), KEY).outcome.media,
+    )
+    two = policy.sample(prompts, Plan(2, tail=2), KEY).outcome.media
+    assert_close(two, policy.images(prompts, 2, KEY))  # Euler, then the last step
+
+
+def test_what_was_drawn_is_told_with_the_mean_that_it_was_drawn_around(make, prompts):
+    policy = make()
+    stir(policy)
+    trajectory = policy.sample(prompts, SHARED, KEY)
+    pick = everything(trajectory)
+    now = policy.evaluate(trajectory, pick)
+    assert_close(now.drawn.mean, now.mean, atol=1e-6, rtol=0)
+    assert torch.equal(now.drawn.x_next, trajectory.replay["x_next"].flatten(0, 1))
+    stir(policy)
+    later = policy.evaluate(trajectory, pick)
+    assert torch.equal(later.drawn.mean, now.drawn.mean)
+    moved = -later.slope * (later.velocity - now.velocity)
+    assert_close(later.mean - now.mean, moved, atol=1e-5, rtol=0)
 
 
 def test_images_are_what_the_plan_without_actions_samples(make, prompts):
