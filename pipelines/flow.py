@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -256,11 +256,41 @@ class FlowPolicy:
         return {"x": x, "sigma": sigma, "state": state, "clean": clean}
 
     @torch.no_grad()
-    def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor:
-        """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own."""
+    def images(
+        self,
+        prompts: Prompts,
+        steps: int,
+        key: Key,
+        guidance: float | None = None,
+        tuned: float = 1.0,
+    ) -> Tensor:
+        """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own.
+
+        tuned: the share of the steps, from the noise on, that is not left to the base model.
+        """
         guidance = self.settings.guidance if guidance is None else guidance
         x, texts = self._prior(prompts, False, key), self._texts(prompts.text, guidance)
-        return self._decode(self._finish(x, texts, self._schedule(steps), 0, (1,), guidance)[0])
+        sigmas, turn = self._schedule(steps), round(tuned * steps)
+        if turn:
+            x = self._finish(x, texts, sigmas[: turn + 1], 0, (1,), guidance)[0]
+        if turn < steps:
+            with self._base():
+                x = self._finish(x, texts, sigmas[turn:], 0, (1,), guidance)[0]
+        return self._decode(x)
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        """Run without the adapters, as the model was before training."""
+        if not self.settings.lora.rank:
+            raise ValueError(
+                "evaluation.tuned below 1 needs the base model, which policy.lora.rank=0 (all weights are "
+                "trained) does not keep"
+            )
+        self._network.disable_adapters()
+        try:
+            yield
+        finally:
+            self._network.enable_adapters()
 
     def _prior(self, prompts: Prompts, shared: bool, key: Key) -> Tensor:
         names = [name[:1] if shared else name for name in _names(prompts)]

@@ -9,4 +9,5 @@ ALGORITHMS: dict[str, str] = {
     "diffusion_nft": "mmalign.algorithms.diffusion_nft:DiffusionNFT",
     "flow_grpo": "mmalign.algorithms.flow_grpo:FlowGRPO",
     "flow_grpo_fast": "mmalign.algorithms.flow_grpo_fast:FlowGRPOFast",
+    "mix_grpo": "mmalign.algorithms.mix_grpo:MixGRPO",
 }

@@ -1,5 +1,6 @@
 """The denoising loop: what a group shares, what is recorded, what it costs, and that replay agrees."""
 
+import contextlib
 import dataclasses
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 from mmalign.contracts import LoraSettings
 from mmalign.pipelines.flow import FlowPolicy, state_ids
 from mmalign.records import Masks, Pick, Plan, Spans, Steps, Whole
-from mmalign.sde import Noise
+from mmalign.sde import Noise, euler
 from mmalign.testing import check_policy, prompts_of
 
 KEY = (0, "test", 3)
@@ -422,6 +423,30 @@ def test_images_are_what_the_plan_without_actions_samples(make, prompts):
     off = make().images(prompts, 5, KEY)
     assert torch.equal(policy.images(prompts, 5, KEY, guidance=1.0), off)
     assert not torch.equal(policy.images(prompts, 5, KEY), off)
+
+
+def test_the_base_model_can_take_the_last_steps(make, prompts):
+    policy = make(guidance=2.0)
+    base = policy.images(prompts, 5, KEY)
+    stir(policy)
+    tuned = policy.images(prompts, 5, KEY)
+    assert torch.equal(policy.images(prompts, 5, KEY, tuned=1.0), tuned)
+    assert torch.equal(policy.images(prompts, 5, KEY, tuned=0.0), base)
+    mixed = policy.images(prompts, 5, KEY, tuned=0.6)  # three steps and two
+    assert not torch.equal(mixed, tuned)
+    assert not torch.equal(mixed, base)
+    x, texts, sigmas = (
+        policy._prior(prompts, False, KEY),
+        policy._texts(prompts.text, 2.0),
+        policy._schedule(5),
+    )
+    for step in range(5):
+        with policy._base() if step >= 3 else contextlib.nullcontext():
+            x = euler(x, policy._velocity(x, sigmas[step].expand(6), texts, 2.0), *sigmas[step : step + 2])
+    assert_close(policy._decode(x), mixed)
+    assert torch.equal(policy.images(prompts, 5, KEY), tuned)  # the adapters are back
+    with pytest.raises(ValueError, match=r"tuned below 1 needs the base model"):
+        make(lora=LoraSettings(rank=0)).images(prompts, 2, KEY, tuned=0.5)
 
 
 # ---- parameters
