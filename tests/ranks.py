@@ -11,8 +11,10 @@ from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
 
 from mmalign.algorithms.dance_grpo import DanceGRPO
+from mmalign.algorithms.flow_dppo import FlowDPPO
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
+from mmalign.algorithms.grpo_guard import GRPOGuard
 from mmalign.algorithms.mix_grpo import MixGRPO
 from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
@@ -35,6 +37,8 @@ FULL = FlowGRPO(steps=4, clip=1e-2, kl=0.1)
 FAST = FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7))
 DANCE = DanceGRPO(steps=5, keep=2, clip=1e-2, noise=Noise("dance", 0.7))
 MIX = MixGRPO(steps=6, width=2, interval=1, rate=0.5, clip=1e-2)
+GUARD = GRPOGuard(steps=4, clip=1e-2)
+DPPO = FlowDPPO(steps=6, delta=1e-6, share_noise=True, kl=0.1)
 SCENARIOS: dict[str, dict[str, Any]] = {
     "groups whole on a rank": {"algorithm": FULL, "groups": 4, "members": 4},
     "groups split across ranks": {"algorithm": FULL, "groups": 3, "members": 6, "updates": 3},
@@ -42,6 +46,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "shared noise, split": {"algorithm": FAST, "groups": 3, "members": 4, "updates": 1},
     "best of n, a part of the steps": {"algorithm": DANCE, "groups": 3, "members": 6, "updates": 1},
     "a moving window, second order after it": {"algorithm": MIX, "groups": 3, "members": 4, "updates": 1},
+    "guarded ratios": {"algorithm": GUARD, "groups": 3, "members": 4, "updates": 3},
+    "masked by divergence": {"algorithm": DPPO, "groups": 3, "members": 4, "updates": 3},
     "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
 }
 
