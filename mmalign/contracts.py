@@ -85,6 +85,18 @@ class LearnedReward(Protocol):
     def load_state_dict(self, state: dict[str, object]) -> None: ...
 
 
+class Memory(Protocol):
+    """What a method remembers from one iteration to the next; the same on all ranks, and checkpointed."""
+
+    def note(self, iteration: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Take in what an iteration measured, before the copies move; gives metrics of its own."""
+        ...
+
+    def state_dict(self) -> dict[str, object]: ...
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters by peft, always kept in fp32."""

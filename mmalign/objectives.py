@@ -152,6 +152,8 @@ def pulled(
     if kl:
         away = divergence(new, reference, kl_form).expand_as(new.log_prob)
         measures["kl"] = away.detach()
+        if batch.pull is not None:
+            away = batch.pull * away
         # Once, not once per objective: kept-apart objectives share one pull towards the reference.
         loss = loss + kl * away / len(loss)
     return (loss * batch.weight).flatten(1).sum(1), measures

@@ -220,12 +220,14 @@ class Advantage:
     """Credit on the action grid: which way each action should move, and how loudly it speaks.
 
     values: [K, B, S, *site] or broadcastable to it. weight: [B, S, *site] or broadcastable; sums to 1 over an
-    update of all ranks. names: K.
+    update of all ranks. names: K. pull: as weight, how strongly each action is pulled to the reference, where
+    the objective has one (None: all alike, by 1).
     """
 
     values: Tensor
     weight: Tensor
     names: tuple[str, ...]
+    pull: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -241,12 +243,13 @@ class Pick:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Picked actions with the credit that they got; advantage: [K, n, *site], weight: [n, *site]."""
+    """Picked actions with the credit that they got; advantage: [K, n, *site], weight and pull: [n, *site]."""
 
     trajectory: Trajectory
     pick: Pick
     advantage: Tensor
     weight: Tensor
+    pull: Tensor | None = None
 
     @property
     def log_prob(self) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign import checkpoints
-from mmalign.contracts import Key, LearnedReward, Policy
+from mmalign.contracts import Key, LearnedReward, Memory, Policy
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed, local
 from mmalign.health import Clock, peak_memory
@@ -87,6 +87,9 @@ class Algorithm:
     # of the last iteration.
     copies: Mapping[str, float | Callable[[int], float]] = field(default_factory=dict)
     sampler: str | None = None  # the copy that samples; None: the live parameters
+    memory: Memory | None = (
+        None  # what goes from one iteration to the next and is no function of their number
+    )
 
 
 class Source(Protocol):
@@ -197,15 +200,17 @@ class Trainer:
             peers = Peers(prompts, self.distributed.gather)
         plans = self.algorithm.plans(iteration, self.settings.seed)
         measured = [self._follow(plan, prompts, peers, (iteration, i)) for i, plan in enumerate(plans)]
-        for name, rule in self.algorithm.copies.items():
-            keep = rule(iteration) if callable(rule) else rule
-            if keep < 1:
-                self.policy.copies.follow(name, keep)
         metrics = {
             name: sum(found) / len(found)
             for name in dict.fromkeys(name for one in measured for name in one)
             if (found := [one[name] for one in measured if name in one])
         }
+        if self.algorithm.memory is not None:
+            metrics |= self.algorithm.memory.note(iteration, metrics)
+        for name, rule in self.algorithm.copies.items():
+            keep = rule(iteration) if callable(rule) else rule
+            if keep < 1:
+                self.policy.copies.follow(name, keep)
         metrics["updates"], metrics["updates/bad"] = float(self.learner.updates), float(self.learner.bad)
         counts = [self.policy.forwards.sample, self.policy.forwards.train, self.policy.forwards.reference]
         memory = peak_memory(self.distributed.device)
@@ -279,6 +284,7 @@ class Trainer:
             "updates": self.learner.updates,
             "bad": self.learner.bad,
             "bad_in_a_row": self.learner.bad_in_a_row,
+            "memory": self.algorithm.memory.state_dict() if self.algorithm.memory is not None else None,
             "seconds": dict(self.seconds),
             "forwards": self._forwards(),
             "ranks": own,
@@ -336,6 +342,8 @@ class Trainer:
             state[name] for name in ("updates", "bad", "bad_in_a_row")
         )
         self.seconds = dict(state["seconds"])
+        if self.algorithm.memory is not None:
+            self.algorithm.memory.load_state_dict(state["memory"])
         if len(state["ranks"]) != self.distributed.world:
             warnings.warn(
                 f"{folder} was written by {len(state['ranks'])} processes and is read by "

@@ -14,6 +14,7 @@ from mmalign.algorithms.dance_grpo import DanceGRPO
 from mmalign.algorithms.flow_dppo import FlowDPPO
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
+from mmalign.algorithms.gardo import GARDO
 from mmalign.algorithms.grpo_guard import GRPOGuard
 from mmalign.algorithms.mix_grpo import MixGRPO
 from mmalign.contracts import Policy
@@ -39,6 +40,7 @@ DANCE = DanceGRPO(steps=5, keep=2, clip=1e-2, noise=Noise("dance", 0.7))
 MIX = MixGRPO(steps=6, width=2, interval=1, rate=0.5, clip=1e-2)
 GUARD = GRPOGuard(steps=4, clip=1e-2)
 DPPO = FlowDPPO(steps=6, delta=1e-6, share_noise=True, kl=0.1)
+GATED = GARDO(steps=4, clip=1e-2, kl=0.5, share=0.2, reset_every=2)
 SCENARIOS: dict[str, dict[str, Any]] = {
     "groups whole on a rank": {"algorithm": FULL, "groups": 4, "members": 4},
     "groups split across ranks": {"algorithm": FULL, "groups": 3, "members": 6, "updates": 3},
@@ -48,6 +50,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "a moving window, second order after it": {"algorithm": MIX, "groups": 3, "members": 4, "updates": 1},
     "guarded ratios": {"algorithm": GUARD, "groups": 3, "members": 4, "updates": 3},
     "masked by divergence": {"algorithm": DPPO, "groups": 3, "members": 4, "updates": 3},
+    "a gated pull and a reference that moves": {"algorithm": GATED, "groups": 3, "members": 4, "updates": 1},
     "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
 }
 
@@ -71,7 +74,8 @@ def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     """Three iterations; gives the metrics, the rollouts and the weights."""
     given = SCENARIOS[scenario]
     rewards = [Redness(), given.get("reward", Brightness())]
-    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.5})
+    watched = isinstance(given["algorithm"], GARDO)
+    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.0 if watched else 0.5})
     policy, notes = ToyFlow(given["algorithm"].noise), Notes()
     settings = TrainingSettings(
         iterations=3, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5

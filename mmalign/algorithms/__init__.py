@@ -10,6 +10,7 @@ ALGORITHMS: dict[str, str] = {
     "flow_dppo": "mmalign.algorithms.flow_dppo:FlowDPPO",
     "flow_grpo": "mmalign.algorithms.flow_grpo:FlowGRPO",
     "flow_grpo_fast": "mmalign.algorithms.flow_grpo_fast:FlowGRPOFast",
+    "gardo": "mmalign.algorithms.gardo:GARDO",
     "grpo_guard": "mmalign.algorithms.grpo_guard:GRPOGuard",
     "mix_grpo": "mmalign.algorithms.mix_grpo:MixGRPO",
 }
