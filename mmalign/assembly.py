@@ -300,12 +300,16 @@ def derive(
     found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]
     cost = algorithm.through.cost if algorithm.through is not None else lambda plan: 1
     member = torch.arange(size)
+    learners = member[: algorithm.credit.learners or size]
     costs = [
-        [forwards(plan, torch.zeros_like(member), member, cost(plan)) for plan in plans] for plans in found
+        (
+            forwards(plan, torch.zeros_like(member), member)[0],
+            forwards(plan, torch.zeros_like(learners), learners, cost(plan))[1],
+        )
+        for plans in found
+        for plan in plans
     ]
-    sample, train = (
-        groups * rows * sum(counts[i] for plans in costs for counts in plans) / len(costs) for i in (0, 1)
-    )
+    sample, train = (groups * rows * sum(counts) / len(found) for counts in zip(*costs, strict=True))
     frozen = [*algorithm.copies, *algorithm.loaded]
     actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})
     judged = sum(plan.views for plan in found[0])

@@ -219,6 +219,27 @@ def moved(advantage: Tensor, counted: Tensor, trajectory: Trajectory, peers: Pee
     return (_size(advantage) > 0)[:, None]
 
 
+def extremes(number: int, advantage: Tensor, counted: Tensor, trajectory: Trajectory, peers: Peers) -> Tensor:
+    """The `number` best and the `number` worst of each group; the others only take part in the comparison."""
+    score = peers.all(advantage.sum(0).flatten(1).mean(1))
+    known = peers.all(counted.long()).bool()
+    return outermost(score, known, peers.group, number)[peers.mine, None]
+
+
+def outermost(score: Tensor, counted: Tensor, group: Tensor, number: int) -> Tensor:
+    """Which counted samples are among the `number` best or the `number` worst of their group; all are [N].
+
+    Among equal ones the first are the lower; a group of fewer than twice the number keeps all.
+    """
+    chosen = torch.zeros_like(counted)
+    for one in torch.unique(group):
+        rows = ((group == one) & counted).nonzero().flatten()
+        order = rows[torch.argsort(score[rows], stable=True)]
+        chosen[order[:number]] = True
+        chosen[order[max(0, len(order) - number) :]] = True
+    return chosen
+
+
 def _size(advantage: Tensor) -> Tensor:
     """The largest size of each sample's advantages [K, B, S, *site], [B]."""
     return advantage.abs().transpose(0, 1).flatten(1).amax(1)
@@ -243,6 +264,7 @@ class Credit:
     compare: Literal["group", "start"] = "group"
     scale: Weigh | None = None  # multiplies the bounded advantage of each action
     select: Select | None = None  # multiplies the weight of each action, once its advantage is known; 0: none
+    learners: int = 0  # members of a group that `select` leaves, where their number is known before; 0: all
 
     def __call__(
         self,

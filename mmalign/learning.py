@@ -33,20 +33,23 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Credited:
-    """A trajectory with its credit on the action grid: values [K, B, S, *site], weight [B, S, *site]."""
+    """A trajectory with its credit on the grid: values [K, B, S, *site], weight and pull [B, S, *site]."""
 
     trajectory: Trajectory
     values: Tensor
     weight: Tensor
+    pull: Tensor | None
 
     @classmethod
     def of(cls, trajectory: Trajectory, advantage: Advantage) -> Credited:
         grid = trajectory.log_prob.shape
-        return cls(trajectory, advantage.values.expand(-1, *grid), advantage.weight.expand(grid))
+        pull = None if advantage.pull is None else advantage.pull.expand(grid)
+        return cls(trajectory, advantage.values.expand(-1, *grid), advantage.weight.expand(grid), pull)
 
     def minibatch(self, pick: Pick, fresh: bool) -> Minibatch:
         at = (pick.rows, pick.columns)
-        return Minibatch(self.trajectory, pick, self.values[:, *at], self.weight[at], fresh)
+        pull = None if self.pull is None else self.pull[at]
+        return Minibatch(self.trajectory, pick, self.values[:, *at], self.weight[at], fresh, pull)
 
     def silent(self, pick: Pick, fresh: bool) -> Minibatch:
         """The same forward and backward with no weight."""

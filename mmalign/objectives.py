@@ -15,6 +15,8 @@ from mmalign.records import Evaluation, Minibatch
 
 KLForm = Literal["gaussian", "velocity", "per_step"]
 Measures = dict[str, Tensor]  # [n, *site] each, without gradient; the trainer takes means and maxima
+# What picked actions gain for each objective under the present parameters, [K, n, *site].
+Gain = Callable[[Evaluation], tuple[Tensor, Measures]]
 
 REFERENCE = "reference"  # the copy of the parameters that the KL pulls towards
 OLD = "old"  # a copy that follows the live parameters slowly
@@ -136,24 +138,41 @@ class ClippedRatio:
         return self.kl == 0
 
     def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]:
-        if self.kl:
-            reference = frozen(policy, batch, REFERENCE)
-        new = policy.evaluate(batch.trajectory, batch.pick)
-        log_ratio = new.log_prob - batch.log_prob
-        loss = -clipped_gain(log_ratio, batch.advantage, self.low, self.high)  # [K, n, *site]
-        now = log_ratio.detach()
-        measures = {
-            "log_ratio": now,
-            "ratio": now.clamp(max=CEILING).exp(),
-            "clip_share": (now > math.log1p(self.high))
-            | (now < (math.log1p(-self.low) if self.low < 1 else -math.inf)),
-        }
-        if self.kl:
-            kl = divergence(new, reference, self.kl_form).expand_as(log_ratio)
-            measures["kl"] = kl.detach()
-            # Once, not once per objective: kept-apart objectives share one pull towards the reference.
-            loss = loss + self.kl * kl / len(loss)
-        return (loss * batch.weight).flatten(1).sum(1), measures
+        def gain(new: Evaluation) -> tuple[Tensor, Measures]:
+            log_ratio = new.log_prob - batch.log_prob
+            gained = clipped_gain(log_ratio, batch.advantage, self.low, self.high)  # [K, n, *site]
+            return gained, ratio_measures(log_ratio, self.low, self.high)
+
+        return penalized(policy, batch, gain, self.kl, self.kl_form)
+
+
+def ratio_measures(log_ratio: Tensor, low: float, high: float) -> Measures:
+    """How far the ratio is from 1, and how often it is outside of the clip range."""
+    now = log_ratio.detach()
+    return {
+        "log_ratio": now,
+        "ratio": now.clamp(max=CEILING).exp(),
+        "clip_share": (now > math.log1p(high)) | (now < (math.log1p(-low) if low < 1 else -math.inf)),
+    }
+
+
+def penalized(
+    policy: Policy, batch: Minibatch, gain: Gain, kl: float, kl_form: KLForm
+) -> tuple[Tensor, Measures]:
+    """Losses [K]: minus what the actions gain now, plus kl times their divergence from the reference."""
+    if kl:
+        reference = frozen(policy, batch, REFERENCE)
+    new = policy.evaluate(batch.trajectory, batch.pick)
+    gained, measures = gain(new)
+    loss = -gained
+    if kl:
+        away = divergence(new, reference, kl_form).expand_as(new.log_prob)
+        measures["kl"] = away.detach()
+        if batch.pull is not None:
+            away = batch.pull * away
+        # Once, not once per objective: kept-apart objectives share one pull towards the reference.
+        loss = loss + kl * away / len(loss)
+    return (loss * batch.weight).flatten(1).sum(1), measures
 
 
 @dataclass(frozen=True)

@@ -43,19 +43,21 @@ class Plan:
 
     steps: denoising steps of the schedule. sde_steps: the steps at which noise is drawn and recorded (the
     actions); every other step follows the ODE. levels: the noise level of each action, in place of the
-    policy's own. learned: the actions that an update may learn from (None: all).
+    policy's own. learned: the actions that an update may learn from (None: all). noisy: further steps that
+    draw noise; they are no actions, and nothing of them is recorded.
 
     Where members of a group are one and the same, so that work is done once for all of them:
-    share_noise: they start from one initial noise and part at the first action. starts: they start from so
-    many, member m from number m % starts. splits: they part little by little, into `ways` at each of these
-    actions, until each is a leaf of its own. correlation: of the noises that siblings draw at a split, each
-    of which is standard normal.
+    share_noise: they start from one initial noise and part at the first noise that is drawn. starts: they
+    start from so many, member m from number m % starts. splits: they part little by little, into `ways` at
+    each of these actions, until each is a leaf of its own. correlation: of the noises that siblings draw at a
+    split, each of which is standard normal.
 
     What is finished by the ODE; every completion is a view of the sample:
     singular: each action leaves the ODE on its own and is finished on its own, where otherwise actions follow
     one another and the last is finished. values: what each action started from is finished as well, before
     the action, in their order. strides: each of these is finished once per stride, by one step of the
-    schedule and then every stride-th.
+    schedule and then every stride-th. tail: after the last noise, so many steps of DPM-Solver++ over a wider
+    grid in place of the schedule's Euler steps; 0: none.
 
     Methods that take no action while sampling:
     renoise: the finished samples are noised again, and each of the noised states is an action. given: nothing
@@ -69,6 +71,8 @@ class Plan:
     sde_steps: tuple[int, ...] = ()
     share_noise: bool = False
     strides: tuple[int, ...] = (1,)
+    noisy: tuple[int, ...] = ()
+    tail: int = 0
     renoise: Renoise | None = None
     given: bool = False
     halt: int = 0
@@ -85,19 +89,28 @@ class Plan:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"a plan needs at least one step, got steps={self.steps}")
-        if list(self.sde_steps) != sorted(set(self.sde_steps)):
-            raise ValueError(f"sde_steps must rise without repeats, got {self.sde_steps}")
-        if self.sde_steps and not 0 <= self.sde_steps[0] <= self.sde_steps[-1] < self.steps - 1:
-            raise ValueError(
-                f"sde_steps must lie in 0..{self.steps - 2} (the last of {self.steps} steps draws no noise), "
-                f"got {self.sde_steps}"
-            )
+        for name, found in (("sde_steps", self.sde_steps), ("noisy", self.noisy)):
+            if list(found) != sorted(set(found)):
+                raise ValueError(f"{name} must rise without repeats, got {found}")
+            if found and not 0 <= found[0] <= found[-1] < self.steps - 1:
+                raise ValueError(
+                    f"{name} must lie in 0..{self.steps - 2} (the last of {self.steps} steps draws no "
+                    f"noise), got {found}"
+                )
+        if both := sorted(set(self.sde_steps) & set(self.noisy)):
+            raise ValueError(f"a step is in sde_steps or in noisy, but {both} are in both")
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be positive and at least one, got {self.strides}")
-        if (self.renoise or self.given) and (self.sde_steps or self.strides != (1,)):
+        left = self.steps - 1 - max(self.stochastic, default=-1)
+        if not 0 <= self.tail <= left or (self.tail and self.strides != (1,)):
             raise ValueError(
-                f"renoise and given go with neither sde_steps nor strides, got sde_steps={self.sde_steps}, "
-                f"strides={self.strides}"
+                f"tail takes the place of the last {left} steps of one completion, so it must lie in "
+                f"0..{left} with strides (1,), got tail={self.tail}, strides={self.strides}"
+            )
+        if (self.renoise or self.given) and (self.stochastic or self.strides != (1,)):
+            raise ValueError(
+                f"renoise and given go with no noise in sampling and no strides, got "
+                f"sde_steps={self.sde_steps}, noisy={self.noisy}, strides={self.strides}"
             )
         if self.given and self.renoise is None:
             raise ValueError("given samples have no actions unless they are noised again: set renoise")
@@ -105,7 +118,9 @@ class Plan:
             raise ValueError(
                 f"halt must lie in 0..{self.steps} and noises be at least 1, got {self.halt}, {self.noises}"
             )
-        if self.halt and (self.sde_steps or self.strides != (1,) or self.renoise or self.share_noise):
+        if self.halt and (
+            self.stochastic or self.strides != (1,) or self.tail or self.renoise or self.share_noise
+        ):
             raise ValueError("a plan with a halt follows the plain ODE, and its samples share nothing")
         self._check_tree()
 
@@ -129,6 +144,8 @@ class Plan:
             raise ValueError("singular and values speak of actions, but sde_steps is empty")
         if self.singular and (self.values or self.splits):
             raise ValueError("singular goes with neither values nor splits: its actions lie side by side")
+        if (self.singular or self.values) and (self.noisy or self.tail):
+            raise ValueError("singular and values finish every action by the plain ODE: no noisy, no tail")
 
     @property
     def actions(self) -> int:
@@ -139,10 +156,10 @@ class Plan:
 
     @property
     def lead(self) -> int:
-        """How many steps there are up to the last action, or to the halt."""
+        """How many steps there are up to the last noise, or to the halt."""
         if self.halt:
             return self.steps - self.halt
-        return self.sde_steps[-1] + 1 if self.sde_steps else 0
+        return max(self.stochastic, default=-1) + 1
 
     @property
     def views(self) -> int:
@@ -154,7 +171,7 @@ class Plan:
         """The lowest number among the members that are one with each of `member` [B] before `step`, [B]."""
         if not self.share_noise:
             return member
-        parted = 0 if self.singular else sum(s < step for s in self.splits or self.sde_steps[:1])
+        parted = 0 if self.singular else sum(s < step for s in self.splits or self.stochastic[:1])
         if parted and not self.splits:
             return member
         return member % (self.starts * int(self.ways**parted))
@@ -178,6 +195,11 @@ class Plan:
             )
         if size % self.starts:
             raise ValueError(f"prompts.group must be a multiple of its {self.starts} starts, got {size}")
+
+    @property
+    def stochastic(self) -> tuple[int, ...]:
+        """All steps that draw noise, in order."""
+        return tuple(sorted(self.sde_steps + self.noisy))
 
 
 @dataclass(frozen=True)
@@ -333,12 +355,14 @@ class Advantage:
     """Credit on the action grid: which way each action should move, and how loudly it speaks.
 
     values: [K, B, S, *site] or broadcastable to it. weight: [B, S, *site] or broadcastable; sums to 1 over an
-    update of all ranks. names: K.
+    update of all ranks. names: K. pull: as weight, how strongly each action is pulled to the reference, where
+    the objective has one (None: all alike, by 1).
     """
 
     values: Tensor
     weight: Tensor
     names: tuple[str, ...]
+    pull: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -358,7 +382,7 @@ class Pick:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Picked actions with the credit that they got; advantage: [K, n, *site], weight: [n, *site].
+    """Picked actions with the credit that they got; advantage: [K, n, *site], weight and pull: [n, *site].
 
     fresh: the parameters are still those that sampled.
     """
@@ -368,6 +392,7 @@ class Minibatch:
     advantage: Tensor
     weight: Tensor
     fresh: bool = False
+    pull: Tensor | None = None
 
     @property
     def log_prob(self) -> Tensor:
@@ -399,12 +424,24 @@ class Halted:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Gaussian actions as they were taken: to x_next, around the mean of the policy that sampled.
+
+    mean, x_next: [n, *latent].
+    """
+
+    mean: Tensor
+    x_next: Tensor
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How likely the picked actions are now.
 
     log_prob: [n, *site]. For Gaussian actions also mean [n, *latent], std and step (the time it covers, d >
-    0) broadcastable to it, and the velocity [n, *latent] that gave the mean. For samples noised again
-    (`Plan.renoise`) log_prob is 0, and there are the velocity and the noised state it was asked at.
+    0) broadcastable to it, the velocity [n, *latent] that gave the mean, slope (d mean / d velocity = -slope,
+    as std) and the action as it was drawn. For samples noised again (`Plan.renoise`) log_prob is 0, and there
+    are the velocity and the noised state it was asked at.
     """
 
     log_prob: Tensor
@@ -413,3 +450,5 @@ class Evaluation:
     velocity: Tensor | None = None
     step: Tensor | None = None
     noised: Noised | None = None
+    slope: Tensor | None = None
+    drawn: Drawn | None = None

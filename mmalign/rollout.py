@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from mmalign.contracts import Key
 from mmalign.randomness import generator, normals
-from mmalign.records import Pick, Plan, Prompts, Renoise, Trajectory
+from mmalign.records import Drawn, Evaluation, Pick, Plan, Prompts, Renoise, Trajectory
 from mmalign.sde import Noise, Transition, euler, levels, log_prob, transition
+from mmalign.solvers import Estimate, compressed, multistep
 
-RECORDED = ("x", "x_next", "sigma", "sigma_next", "state", "log_prob")  # of every action
+RECORDED = ("x", "x_next", "sigma", "sigma_next", "state", "mean", "log_prob")  # of every action
 
 
 class Velocity(Protocol):
@@ -65,9 +67,9 @@ def roll_out(
     velocity: Velocity,
 ) -> Rollout:
     """Sample by a plan. sigmas: [steps + 1]; shape: of one latent; dims: see `sde.log_prob`."""
-    if plan.sde_steps and noise.level == 0:
+    if plan.stochastic and noise.level == 0:
         raise ValueError(
-            f"noise.level is 0, zero SDE noise with an SDE algorithm: steps {plan.sde_steps} are to be "
+            f"noise.level is 0, zero SDE noise with an SDE algorithm: steps {plan.stochastic} are to be "
             "stochastic; give it a level above 0, or a plan without sde_steps"
         )
     if plan.share_noise:
@@ -76,15 +78,18 @@ def roll_out(
     now = walk.begin()
     leaves: list[tuple[int, States]] = []  # where completions begin, and from what
     record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
+    before = None
     for step in range(plan.lead):
         found = velocity(now.x, sigmas[step].expand(len(now.x)), now.sample)
         ahead = replace(now, x=euler(now.x, found, sigmas[step], sigmas[step + 1]))
-        if step not in plan.sde_steps:
+        if step not in plan.stochastic:
             now = ahead
             continue
         after, action = walk.act(now, found, step)
-        for name, values in action.items():
-            record[name].append(values)
+        if step in plan.sde_steps:
+            for name, values in action.items():
+                record[name].append(values)
+        before = Estimate((now.x - sigmas[step] * found)[now.row[after.sample]], sigmas[step])
         if plan.values:
             leaves.append((step + 1, ahead))
         if plan.singular:
@@ -93,7 +98,8 @@ def roll_out(
     if not plan.singular:
         leaves.append((plan.lead, now))
     actions = {name: torch.stack(values, 1) for name, values in record.items() if values}
-    return Rollout(actions, walk.finish(leaves, velocity), now)
+    views = [walk.speed(now, before, velocity)] if plan.tail else walk.finish(leaves, velocity)
+    return Rollout(actions, views, now)
 
 
 @dataclass(frozen=True)
@@ -127,13 +133,15 @@ class _Walk:
         drawn = self._draw("noise", step, heir[sample], sample)
         if step in plan.splits and plan.ways > 1:
             drawn = siblings(self._draw("siblings", step, kin[sample], sample), drawn, plan.correlation)
-        x, noise = now.x[parent], noise_of(self.noise, plan, plan.sde_steps.index(step))
+        x, noise = now.x[parent], self.noise
+        if step in plan.sde_steps:
+            noise = noise_of(noise, plan, plan.sde_steps.index(step))
         sigma, sigma_next = (self.sigmas[i].expand(len(sample)) for i in (step, step + 1))
         moved = transition(x, velocity[parent], sigma, sigma_next, noise, self.sigmas[1])
         x_next = moved.mean + moved.std * drawn
         likely = log_prob(x_next, moved, noise, self.dims)
-        found = {"x": x, "x_next": x_next, "sigma": sigma, "sigma_next": sigma_next, "log_prob": likely}
-        recorded = {name: values[row] for name, values in found.items()}
+        found = {"x": x, "x_next": x_next, "sigma": sigma, "sigma_next": sigma_next, "mean": moved.mean}
+        recorded = {name: values[row] for name, values in (found | {"log_prob": likely}).items()}
         return States(x_next, sample, row), recorded | {"state": state_ids(self.group, kin, step)}
 
     def finish(self, leaves: Sequence[tuple[int, States]], velocity: Velocity) -> list[States]:
@@ -162,6 +170,14 @@ class _Walk:
                 after = ways[i][1][len(came[1]) + 1]
                 now[i] = replace(now[i], x=euler(now[i].x, found[came], sigmas[step], sigmas[after]))
         return [replace(end, x=end.x / (1 - sigmas[-1])) for end in now]
+
+    def speed(self, now: States, before: Estimate | None, velocity: Velocity) -> States:
+        """Follow the ODE to the end by `Plan.tail` steps of second order; before: the last estimate."""
+        grid, x = compressed(self.sigmas[self.plan.lead :], self.plan.tail), now.x
+        for sigma, sigma_next in pairwise(grid):
+            found = velocity(x, sigma.expand(len(x)), now.sample)
+            x, before = multistep(x, found, sigma, sigma_next, before)
+        return replace(now, x=x / (1 - grid[-1]))
 
     def _draw(self, purpose: str, step: int, kin: Tensor, sample: Tensor) -> Tensor:
         """Normal noise named by purpose, step, group and kin [n]: the same in any batch."""
@@ -207,25 +223,27 @@ def siblings(common: Tensor, own: Tensor, correlation: float) -> Tensor:
 
 def retake(
     trajectory: Trajectory, pick: Pick, velocity: Tensor, noise: Noise, dims: tuple[int, ...]
-) -> tuple[Transition, Tensor]:
-    """Where the velocity [n, *latent] leads the picked actions, and how likely what was done is now."""
+) -> Evaluation:
+    """How likely the picked actions are now that the velocity there is this one, [n, *latent]."""
     plan, replay, rows, columns = trajectory.plan, trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
     x, x_next, sigma, sigma_next = (replay[name][rows, columns] for name in RECORDED[:4])
     guard = replay["guard"][rows]
     if plan is None or plan.levels is None:
         moved = transition(x, velocity, sigma, sigma_next, noise, guard)
-        return moved, log_prob(x_next, moved, noise, dims)
-    # Every column has a level of its own.
-    places = [(columns == column).nonzero().flatten() for column in sorted(set(columns.tolist()))]
-    parts = []
-    for at in places:
-        own = noise_of(noise, plan, int(columns[at[0]]))
-        part = transition(x[at], velocity[at], sigma[at], sigma_next[at], own, guard[at])
-        parts.append((part, log_prob(x_next[at], part, own, dims)))
-    back = torch.cat(places).argsort()
-    names = [f.name for f in fields(Transition)]
-    moved = Transition(*(torch.cat([getattr(part, name) for part, _ in parts])[back] for name in names))
-    return moved, torch.cat([likely for _, likely in parts])[back]
+        likely = log_prob(x_next, moved, noise, dims)
+    else:  # every column has a level of its own
+        places = [(columns == column).nonzero().flatten() for column in sorted(set(columns.tolist()))]
+        parts = []
+        for at in places:
+            own = noise_of(noise, plan, int(columns[at[0]]))
+            part = transition(x[at], velocity[at], sigma[at], sigma_next[at], own, guard[at])
+            parts.append((part, log_prob(x_next[at], part, own, dims)))
+        back = torch.cat(places).argsort()
+        names = [f.name for f in fields(Transition)]
+        moved = Transition(*(torch.cat([getattr(part, name) for part, _ in parts])[back] for name in names))
+        likely = torch.cat([likely for _, likely in parts])[back]
+    drawn = Drawn(replay["mean"][rows, columns], x_next)
+    return Evaluation(likely, moved.mean, moved.std, velocity, moved.step, slope=moved.slope, drawn=drawn)
 
 
 def noise_of(noise: Noise, plan: Plan, column: int) -> Noise:

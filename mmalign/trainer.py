@@ -80,13 +80,17 @@ class TrainingSettings:
             raise ValueError(f"max_missing is a share between 0 and 1, got {self.max_missing}")
 
 
-class Adaptive(Protocol):
-    """A part of a method that follows what is sampled; all ranks must come to the same, and it is kept."""
+class Memory(Protocol):
+    """What a method remembers beyond the number of the iteration; the same on all ranks, and checkpointed."""
 
     def observe(
         self, signals: Sequence[RewardSignal], trajectory: Trajectory, peers: Peers
-    ) -> dict[str, float]:
-        """Learn from one batch; gives metrics."""
+    ) -> Mapping[str, float]:
+        """Take in one batch, after its credit and before its update; gives metrics."""
+        ...
+
+    def note(self, iteration: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Take in what an iteration measured, before the copies move; gives metrics of its own."""
         ...
 
     def state_dict(self) -> dict[str, object]: ...
@@ -112,7 +116,7 @@ class Algorithm:
     # The copy that samples, or which one does in an iteration; None: the live parameters.
     sampler: str | Callable[[int], str | None] | None = None
     apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
-    adaptive: Adaptive | None = None  # what the plans or the credit depend on beside iteration and seed
+    memory: Memory | None = None  # what plans, credit or copies depend on beside iteration and seed
     through: Differentiated | None = None  # rewards that the objective differentiates; it meets them first
 
     def sampled_by(self, iteration: int) -> str | None:
@@ -233,15 +237,17 @@ class Trainer:
             peers = Peers(prompts, self.distributed.gather)
         plans = self.algorithm.plans(iteration, self.settings.seed)
         measured = [self._follow(plan, prompts, peers, (iteration, i)) for i, plan in enumerate(plans)]
-        for name, rule in self.algorithm.copies.items():
-            keep = rule(iteration) if callable(rule) else rule
-            if keep < 1:
-                self.policy.copies.follow(name, keep)
         metrics = {
             name: sum(found) / len(found)
             for name in dict.fromkeys(name for one in measured for name in one)
             if (found := [one[name] for one in measured if name in one])
         }
+        if self.algorithm.memory is not None:
+            metrics |= self.algorithm.memory.note(iteration, metrics)
+        for name, rule in self.algorithm.copies.items():
+            keep = rule(iteration) if callable(rule) else rule
+            if keep < 1:
+                self.policy.copies.follow(name, keep)
         metrics["updates"], metrics["updates/bad"] = float(self.learner.updates), float(self.learner.bad)
         counts = [self.policy.forwards.sample, self.policy.forwards.train, self.policy.forwards.reference]
         memory = peak_memory(self.distributed.device)
@@ -267,8 +273,8 @@ class Trainer:
             advantage = self.algorithm.credit(scores.signals, trajectory, self.policy.locate, peers, part)
             metrics = summarize(scores, peers, trajectory.outcome.views, self.distributed.gather_objects)
             metrics |= self._about(advantage, peers)
-            if self.algorithm.adaptive is not None:
-                metrics |= self.algorithm.adaptive.observe(scores.signals, trajectory, peers)
+            if self.algorithm.memory is not None:
+                metrics |= self.algorithm.memory.observe(scores.signals, trajectory, peers)
         with self.clock("update"):
             metrics |= self.learner.learn(trajectory, advantage, part, plan, peers, sampler is None)
         with self.clock("fit"):
@@ -324,12 +330,11 @@ class Trainer:
             "updates": self.learner.updates,
             "bad": self.learner.bad,
             "bad_in_a_row": self.learner.bad_in_a_row,
+            "memory": self.algorithm.memory.state_dict() if self.algorithm.memory is not None else None,
             "seconds": dict(self.seconds),
             "forwards": self._forwards(),
             "ranks": own,
         }
-        if self.algorithm.adaptive is not None:
-            state["adaptive"] = self.algorithm.adaptive.state_dict()
         if self.distributed.sharded:
             self.distributed.save_sharded(folder / SHARDED)
             torch.save(self._local_copies(), folder / SHARDED / f"copies_{self.distributed.rank}.pt")
@@ -383,8 +388,8 @@ class Trainer:
             state[name] for name in ("updates", "bad", "bad_in_a_row")
         )
         self.seconds = dict(state["seconds"])
-        if self.algorithm.adaptive is not None:
-            self.algorithm.adaptive.load_state_dict(state["adaptive"])
+        if self.algorithm.memory is not None:
+            self.algorithm.memory.load_state_dict(state["memory"])
         if len(state["ranks"]) != self.distributed.world:
             warnings.warn(
                 f"{folder} was written by {len(state['ranks'])} processes and is read by "

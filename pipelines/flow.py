@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -134,8 +134,9 @@ class FlowPolicy:
     ratios per place has another objective, with its own clip range. chunk: network rows of one forward in
     sampling; raise it until the device is busy, lower it if memory runs out. seed: of the first LoRA weights.
 
-    `replay` holds per action x and x_next [B, S, *latent], sigma and sigma_next [B, S] and, on the CPU,
-    state [B, S] (see `state_ids`); per sample the schedule's guard [B]. Floats are fp32 at every precision.
+    `replay` holds per action x, x_next and its mean [B, S, *latent], sigma and sigma_next [B, S] and, on the
+    CPU, state [B, S] (see `state_ids`); per sample the schedule's guard [B]. Floats are fp32 at every
+    precision.
     """
 
     def __init__(
@@ -181,7 +182,7 @@ class FlowPolicy:
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
-        """Sample by the plan: the ODE, with noise drawn and recorded at `plan.sde_steps`."""
+        """Sample by the plan: the ODE, noise drawn at `plan.stochastic` and recorded at `plan.sde_steps`."""
         sigmas, samples = self._schedule(plan.steps), len(prompts)
         if plan.given:
             media, clean = self._given(prompts)
@@ -203,13 +204,17 @@ class FlowPolicy:
             mask &= torch.tensor([step in plan.learned for step in plan.sde_steps], device=self.device)
         return Trajectory(Outcome(prompts, media, plan.views), recorded, mask, replay, plan, sigmas)
 
-    def _roll_out(self, prompts: Prompts, plan: Plan, key: Key, guidance: float) -> Rollout:
-        texts = self._texts(prompts.text, guidance)
+    def _roll_out(
+        self, prompts: Prompts, plan: Plan, key: Key, guidance: float, tuned: int | None = None
+    ) -> Rollout:
+        """Sample by the plan; tuned: how many steps, from the noise on, are not left to the base model."""
+        texts, sigmas = self._texts(prompts.text, guidance), self._schedule(plan.steps)
+        turn = sigmas[-1] if tuned is None else sigmas[tuned]
 
         def velocity(x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
-            return self._velocity(x, sigma, texts.of(sample), guidance)
+            with self._base() if sigma[0] <= turn else nullcontext():
+                return self._velocity(x, sigma, texts.of(sample), guidance)
 
-        sigmas = self._schedule(plan.steps)
         return roll_out(prompts, plan, key, sigmas, self.shape, self.noise, self._dims, velocity)
 
     def _given(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
@@ -225,11 +230,35 @@ class FlowPolicy:
         return media, torch.cat([self.adapter.latents(part) for part in torch.split(media, rows)])
 
     @torch.no_grad()
-    def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor:
-        """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own."""
+    def images(
+        self,
+        prompts: Prompts,
+        steps: int,
+        key: Key,
+        guidance: float | None = None,
+        tuned: float = 1.0,
+    ) -> Tensor:
+        """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own.
+
+        tuned: the share of the steps, from the noise on, that is not left to the base model.
+        """
         guidance = self.settings.guidance if guidance is None else guidance
-        (view,) = self._roll_out(prompts, Plan(steps), key, guidance).views
+        (view,) = self._roll_out(prompts, Plan(steps), key, guidance, round(tuned * steps)).views
         return self._decode(view.x)[view.row]
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        """Run without the adapters, as the model was before training."""
+        if not self.settings.lora.rank:
+            raise ValueError(
+                "evaluation.tuned below 1 needs the base model, which policy.lora.rank=0 (all weights are "
+                "trained) does not keep"
+            )
+        self._network.disable_adapters()
+        try:
+            yield
+        finally:
+            self._network.enable_adapters()
 
     def _schedule(self, steps: int) -> Tensor:
         if steps not in self._schedules:
@@ -369,8 +398,7 @@ class FlowPolicy:
         if "clean" in replay:
             noised = Noised(x, replay["clean"][rows], sigma.reshape(-1, *[1] * len(self.shape)))
             return Evaluation(trajectory.log_prob[rows, columns], velocity=velocity, noised=noised)
-        moved, likely = retake(trajectory, pick, velocity, self.noise, self._dims)
-        return Evaluation(likely, moved.mean, moved.std, velocity, moved.step)
+        return retake(trajectory, pick, velocity, self.noise, self._dims)
 
     @property
     def _dims(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from toys import Brightness, Notes, Redness, ToyFlow, source
 from mmalign.algorithms.awm import AWM
 from mmalign.algorithms.branch_grpo import BranchGRPO
 from mmalign.algorithms.crd import CRD
+from mmalign.algorithms.dance_grpo import DanceGRPO
 from mmalign.algorithms.ddpo import DDPO
 from mmalign.algorithms.dense_grpo import DenseGRPO
 from mmalign.algorithms.dgpo import DGPO
@@ -22,9 +23,13 @@ from mmalign.algorithms.diffusion_dpo import DiffusionDPO
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.distill import Distill
 from mmalign.algorithms.draft import DRaFT
+from mmalign.algorithms.flow_dppo import FlowDPPO
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.algorithms.g2rpo import G2RPO
+from mmalign.algorithms.gardo import GARDO
+from mmalign.algorithms.grpo_guard import GRPOGuard
+from mmalign.algorithms.mix_grpo import MixGRPO
 from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.refl import ReFL
 from mmalign.algorithms.srpo import SRPO
@@ -61,6 +66,11 @@ TWICE, ALIKE = Renoise(2), Renoise(2, shared=True)
 FULL = FlowGRPO(steps=4, clip=1e-2, kl=0.1)
 FAST = FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7))
 THROUGH = {"refl": ReFL(steps=5), "draft": DRaFT(steps=5, last=2), "srpo": SRPO(steps=5, margin=9.0)}
+DANCE = DanceGRPO(steps=5, keep=2, clip=1e-2, noise=Noise("dance", 0.7))
+MIX = MixGRPO(steps=6, width=2, interval=1, rate=0.5, clip=1e-2)
+GUARD = GRPOGuard(steps=4, clip=1e-2)
+DPPO = FlowDPPO(steps=6, delta=1e-6, share_noise=True, kl=0.1)
+GATED = GARDO(steps=4, clip=1e-2, kl=0.5, share=0.2, reset_every=2)
 SCENARIOS: dict[str, dict[str, Any]] = {
     "groups whole on a rank": {"algorithm": FULL, "groups": 4, "members": 4},
     "groups split across ranks": {"algorithm": FULL, "groups": 3, "members": 6, "updates": 3},
@@ -91,6 +101,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "groups": 4,
         "members": 4,
     },
+    "best of n, a part of the steps": {"algorithm": DANCE, "groups": 3, "members": 6, "updates": 1},
+    "a moving window, second order after it": {"algorithm": MIX, "groups": 3, "members": 4, "updates": 1},
+    "guarded ratios": {"algorithm": GUARD, "groups": 3, "members": 4, "updates": 3},
+    "masked by divergence": {"algorithm": DPPO, "groups": 3, "members": 4, "updates": 3},
+    "a gated pull and a reference that moves": {"algorithm": GATED, "groups": 3, "members": 4, "updates": 1},
     "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
     "noised again": {"algorithm": DiffusionNFT(steps=3, renoise=TWICE), "groups": 4, "members": 4},
     "ratio of a sample": {
@@ -165,7 +180,8 @@ def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     """Three iterations; gives the metrics, the rollouts and the weights."""
     given = SCENARIOS[scenario]
     rewards = [Redness(), given.get("reward", Brightness())]
-    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.5})
+    watched = isinstance(given["algorithm"], GARDO)
+    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.0 if watched else 0.5})
     policy, notes = ToyFlow(algorithm.noise), Notes()
     settings = TrainingSettings(
         iterations=3, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5

@@ -38,14 +38,14 @@ ONLY_BY = {
 # Modules -> all that they may import of this project, and why.
 ONLY_FROM = {
     r"mmalign\.(records|copies|randomness)": (r"nothing", "it is the innermost"),
-    r"mmalign\.sde": (r"mmalign\.records", "it is arithmetic"),
+    r"mmalign\.(sde|solvers)": (r"mmalign\.(records|sde)", "it is arithmetic"),
     r"mmalign\.contracts": (r"mmalign\.(copies|records)", "contracts speak of records"),
     r"mmalign\.(credit|gradients|objectives|plans|updates)": (
         r"mmalign\.(contracts|copies|randomness|records|sde)",
         "a method's parts know the contracts, not the loop",
     ),
     r"mmalign\.rollout": (
-        r"mmalign\.(contracts|randomness|records|sde)",
+        r"mmalign\.(contracts|randomness|records|sde|solvers)",
         "it follows a plan, whatever the network",
     ),
     r"mmalign\.pipelines\b.*": (

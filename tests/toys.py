@@ -118,8 +118,7 @@ class ToyFlow:
         if "clean" in replay:
             noised = Noised(x, replay["clean"][pick.rows], sigma.reshape(-1, 1, 1, 1))
             return Evaluation(trajectory.log_prob[at], velocity=velocity, noised=noised)
-        step, likely = retake(trajectory, pick, velocity, self.noise, self.dims)
-        return Evaluation(likely, step.mean, step.std, velocity, step.step)
+        return retake(trajectory, pick, velocity, self.noise, self.dims)
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
         columns, sites = trajectory.log_prob.shape[1], trajectory.log_prob.shape[2:]

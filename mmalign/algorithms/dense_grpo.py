@@ -67,7 +67,7 @@ class DenseGRPO:
             objective=ClippedRatio(self.clip, self.clip, self.kl, self.kl_form),
             noise=self.noise,
             copies={REFERENCE: 1.0} if self.kl else {},
-            adaptive=calibration,
+            memory=calibration,
         )
 
 
@@ -107,6 +107,9 @@ class Calibration:
         )
         metrics = {f"psi/{step}": psi for step, psi in enumerate(self.levels)}
         return metrics | {f"gains/positive/{i}": s for i, s in enumerate(share) if s is not None}
+
+    def note(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        return {}  # all that counts was in the batch
 
     def moved(self, psi: float, positive: float) -> float:
         """A level after `positive` of the gains at its step were positive."""

@@ -64,7 +64,7 @@ class DiffusionDPO:
         stale = {SAMPLER: partial(kept, self.refresh)} if self.refresh > 1 else {}
         return Algorithm(
             plans=forward_process(self.steps, self.renoise, given=self.pairs == "given"),
-            credit=Credit(weights, best_and_worst, "total_first", "whole", select=moved),
+            credit=Credit(weights, best_and_worst, "total_first", "whole", select=moved, learners=2),
             objective=Coupled(
                 self.error.of,
                 partial(preference, self.beta, 0.0, REFERENCE),

@@ -127,7 +127,7 @@ def test_levels_move_with_what_was_sampled_and_are_used_next():
     assert first == (0.7,) * (T - 1)
     assert all(level in (0.7 * 1.02, 0.7 * 0.98) for level in plan.levels)
     metrics = run.step(1)
-    assert metrics["psi/0"] == run.algorithm.adaptive.levels[0]
+    assert metrics["psi/0"] == run.algorithm.memory.levels[0]
     assert 0 <= metrics["gains/positive/0"] <= 1
     fixed = made(replace(METHOD, calibrate=0.0))
     fixed.step(0)
@@ -142,8 +142,8 @@ def test_a_resumed_run_goes_on_at_the_levels_it_had(tmp_path):
         again = made(iterations=iterations)
         again.run_dir = tmp_path
         again.run()
-    assert again.algorithm.adaptive.levels == through.algorithm.adaptive.levels
-    assert len(set(through.algorithm.adaptive.levels)) > 1
+    assert again.algorithm.memory.levels == through.algorithm.memory.levels
+    assert len(set(through.algorithm.memory.levels)) > 1
     for one, two in zip(again.learner.parameters, through.learner.parameters, strict=True):
         assert torch.equal(one, two)
 

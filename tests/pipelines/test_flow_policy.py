@@ -1,6 +1,8 @@
 """The denoising loop: what a group shares, what is recorded, what it costs, and that replay agrees."""
 
+import contextlib
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
+from toys import initial
 
 from mmalign.contracts import LoraSettings
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.records import Masks, Pick, Plan, Spans, Steps, Whole
 from mmalign.rollout import state_ids
-from mmalign.sde import Noise
+from mmalign.sde import Noise, euler
 from mmalign.testing import check_policy, prompts_of
 
 KEY = (0, "test", 3)
@@ -59,10 +62,12 @@ def stir(policy, scale=0.1) -> None:
         (SINGULAR, Noise(), {"guidance": 2.0}),
         (TREE, Noise("dance", 0.3), {}),
         (VALUES, Noise(), {}),
+        (Plan(5, (1, 3), True, noisy=(0, 2)), Noise("precise", 0.7), {}),
+        (Plan(7, (1, 2), True, tail=2), Noise("sage", 0.7), {"guidance": 2.0}),
     ],
     ids=[
         *("window", "shared, guided", "completions, full", "all steps", "by site", "no action"),
-        *("singular", "tree", "values"),
+        *("singular", "tree", "values", "part of the noise", "second order"),
     ],
 )
 def test_the_policy_keeps_its_contract(make, prompts, plan, noise, more):
@@ -383,12 +388,100 @@ def test_every_completion_is_the_one_of_its_stride_alone(make, prompts):
         assert torch.equal(together.log_prob, alone.log_prob)
 
 
+def test_noise_that_is_no_action_is_drawn_all_the_same(make, prompts):
+    policy = make(Noise("dance", 0.5))
+    every = policy.sample(prompts, Plan(6, (0, 1, 2, 3, 4), True), KEY)
+    some = policy.sample(prompts, Plan(6, (1, 3), True, noisy=(0, 2, 4)), KEY)
+    assert torch.equal(some.outcome.media, every.outcome.media)
+    assert torch.equal(some.log_prob, every.log_prob[:, [1, 3]])
+    for name in ("x", "x_next", "mean", "sigma", "sigma_next"):
+        assert torch.equal(some.replay[name], every.replay[name][:, [1, 3]])
+    assert len(some.replay["state"].unique()) == 6 * 2  # members parted before the first action
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_steps_of_second_order_go_on_from_the_last_estimate_of_the_window(make, prompts, shared):
+    policy = make(guidance=2.0)
+    stir(policy)
+    trajectory = policy.sample(prompts, Plan(8, (1, 2), shared, tail=3), KEY)
+    groups, members = 2, 3
+    first = groups * 2 + groups * members if shared else groups * members * 3
+    assert policy.forwards.sample == 2 * (first + groups * members * 3)
+    last = Pick(torch.arange(6), torch.ones(6, dtype=torch.int64))
+    with torch.no_grad():
+        now = policy.evaluate(trajectory, last)
+    sigmas = policy._schedule(8)
+    before = (sigmas[2], trajectory.replay["x"][:, 1] - sigmas[2] * now.velocity)
+    x, texts = trajectory.replay["x_next"][:, 1], policy._texts(prompts.text, 2.0)
+    grid = torch.tensor([sigmas[3], sigmas[4].lerp(sigmas[5], 2 / 3), sigmas[6].lerp(sigmas[7], 1 / 3), 0.0])
+    for t, u in pairwise(grid):
+        v = policy._velocity(x, t.expand(6), texts, 2.0)
+        clean = x - t * v
+        if u > 0:
+            h, h_before = (((1 - b) / b).log() - ((1 - a) / a).log() for a, b in ((t, u), (before[0], t)))
+            guess = clean + (clean - before[1]) * h / (2 * h_before)
+        else:
+            guess = clean
+        x, before = u / t * x + (1 - u / t) * guess, (t, clean)
+    assert_close(policy._decode(x), trajectory.outcome.media, atol=1e-5, rtol=0)
+
+
+def test_a_tail_of_one_step_ends_at_the_clean_estimate_and_a_tail_from_noise_begins_as_euler(make, prompts):
+    policy = make()
+    stir(policy)
+    found = policy.sample(prompts, Plan(6, (0, 1), tail=1), KEY)
+    x, sigma = found.replay["x_next"][:, 1], policy._schedule(6)[2]
+    velocity = policy._velocity(x, sigma.expand(6), policy._texts(prompts.text, 1.0), 1.0)
+    assert_close(found.outcome.media, policy._decode(x - sigma * velocity), atol=1e-5, rtol=0)
+    two = policy.sample(prompts, Plan(2, tail=2), KEY).outcome.media
+    assert_close(two, policy.images(prompts, 2, KEY))  # Euler, then the last step
+
+
+def test_what_was_drawn_is_told_with_the_mean_that_it_was_drawn_around(make, prompts):
+    policy = make()
+    stir(policy)
+    trajectory = policy.sample(prompts, SHARED, KEY)
+    pick = everything(trajectory)
+    now = policy.evaluate(trajectory, pick)
+    assert_close(now.drawn.mean, now.mean, atol=1e-6, rtol=0)
+    assert torch.equal(now.drawn.x_next, trajectory.replay["x_next"].flatten(0, 1))
+    stir(policy)
+    later = policy.evaluate(trajectory, pick)
+    assert torch.equal(later.drawn.mean, now.drawn.mean)
+    moved = -later.slope * (later.velocity - now.velocity)
+    assert_close(later.mean - now.mean, moved, atol=1e-5, rtol=0)
+
+
 def test_images_are_what_the_plan_without_actions_samples(make, prompts):
     policy = make(guidance=3.0)
     assert torch.equal(policy.images(prompts, 5, KEY), policy.sample(prompts, Plan(5), KEY).outcome.media)
     off = make().images(prompts, 5, KEY)
     assert torch.equal(policy.images(prompts, 5, KEY, guidance=1.0), off)
     assert not torch.equal(policy.images(prompts, 5, KEY), off)
+
+
+def test_the_base_model_can_take_the_last_steps(make, prompts):
+    policy = make(guidance=2.0)
+    base = policy.images(prompts, 5, KEY)
+    stir(policy)
+    tuned = policy.images(prompts, 5, KEY)
+    assert torch.equal(policy.images(prompts, 5, KEY, tuned=1.0), tuned)
+    assert torch.equal(policy.images(prompts, 5, KEY, tuned=0.0), base)
+    mixed = policy.images(prompts, 5, KEY, tuned=0.6)  # three steps and two
+    assert not torch.equal(mixed, tuned)
+    assert not torch.equal(mixed, base)
+    x, texts, sigmas = (
+        initial(prompts, policy.shape, KEY),
+        policy._texts(prompts.text, 2.0),
+        policy._schedule(5),
+    )
+    for step in range(5):
+        with policy._base() if step >= 3 else contextlib.nullcontext():
+            x = euler(x, policy._velocity(x, sigmas[step].expand(6), texts, 2.0), *sigmas[step : step + 2])
+    assert_close(policy._decode(x), mixed)
+    assert torch.equal(policy.images(prompts, 5, KEY), tuned)  # the adapters are back
+    with pytest.raises(ValueError, match=r"tuned below 1 needs the base model"):
+        make(lora=LoraSettings(rank=0)).images(prompts, 2, KEY, tuned=0.5)
 
 
 # ---- parameters

@@ -26,7 +26,7 @@ from mmalign.pipelines import load
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.pipelines.sd import StableDiffusion, StableDiffusionXL
 from mmalign.randomness import generator, normals
-from mmalign.records import Minibatch, Pick, Plan
+from mmalign.records import Minibatch, Pick, Plan, Renoise
 from mmalign.rewardmodels.lab_colors import LabColors
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
@@ -320,7 +320,7 @@ def test_loading_gives_back_what_was_saved(make, tmp_path, rank):
         DDPO(steps=4, clip=None, kl=0.01),
         FlowGRPO(steps=4, clip=1e-2, kl=0.01, noise=Noise("ddim", 1.0)),
         FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7)),
-        DiffusionNFT(steps=3, times=2),
+        DiffusionNFT(steps=3, renoise=Renoise(2)),
     ],
     ids=lambda method: type(method).__name__,
 )
