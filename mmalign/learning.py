@@ -46,7 +46,7 @@ class Credited:
         pull = None if advantage.pull is None else advantage.pull.expand(grid)
         return cls(trajectory, advantage.values.expand(-1, *grid), advantage.weight.expand(grid), pull)
 
-    def minibatch(self, pick: Pick, fresh: bool) -> Minibatch:
+    def minibatch(self, pick: Pick, fresh: bool = False) -> Minibatch:
         at = (pick.rows, pick.columns)
         pull = None if self.pull is None else self.pull[at]
         return Minibatch(self.trajectory, pick, self.values[:, *at], self.weight[at], fresh, pull)

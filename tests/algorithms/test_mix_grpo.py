@@ -88,7 +88,7 @@ def test_samples_from_one_noise_coincide_up_to_the_window():
     plans = SMALL.build({"r": 1.0}).plans
     replay = policy.sample(names(2, 4), plans(12, 0)[0], (0, "t")).replay
     assert torch.equal(replay["x"][:4, 0], replay["x"][:1, 0].expand(4, -1, -1, -1))
-    assert len(replay["next"][:4, 0].flatten(1).unique(dim=0)) == 4
+    assert len(replay["x_next"][:4, 0].flatten(1).unique(dim=0)) == 4
 
 
 @pytest.mark.parametrize(

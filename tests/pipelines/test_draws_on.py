@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_differences(make, method):
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
     grads = torch.autograd.grad(objective(policy, batch)[0].sum(), parameters)
     norm = torch.cat([g.flatten() for g in grads]).norm()
-    size, ends = 0.02, []
+    size, ends = 0.1, []
     with torch.no_grad():
         for move in (size, -2 * size):
             for p, g in zip(parameters, grads, strict=True):

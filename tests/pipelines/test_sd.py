@@ -158,14 +158,14 @@ def test_stochastic_sampling_is_ddim_with_eta(make, plain, eta):
     policy, pipeline = make("sd", Noise("ddim", eta)), plain("sd")
     prompts = prompts_of(TEXTS, 2)
     trajectory = policy.sample(prompts, Plan(5, (0, 1, 2, 3)), KEY)
-    names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
-    streams = [generator(*KEY, "noise", *name) for name in names]
+    names = list(zip(prompts.group.tolist(), prompts.member.tolist(), strict=True))
     y, scheduler = initial(prompts, policy.shape, KEY), pipeline.scheduler
     embeds = torch.stack([policy._encode(text)["embeds"] for text in prompts.text])
     scheduler.set_timesteps(5)
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
             noise = pipeline.unet(y, t, encoder_hidden_states=embeds).sample
+            streams = [generator(*KEY, "noise", i, *name) for name in names]
             drawn = {"eta": eta, "variance_noise": normals(streams, policy.shape)} if i < 4 else {}
             y = scheduler.step(noise, t, y, **drawn).prev_sample
         media = pipeline.vae.decode(y / pipeline.vae.config.scaling_factor).sample
