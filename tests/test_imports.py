@@ -44,6 +44,10 @@ ONLY_FROM = {
         r"mmalign\.(contracts|copies|randomness|records|sde)",
         "a method's parts know the contracts, not the loop",
     ),
+    r"mmalign\.(coupling|forward_process|pairwise)": (
+        r"mmalign\.(contracts|copies|coupling|credit|objectives|randomness|records|sde)",
+        "what methods share knows the contracts, not the loop",
+    ),
     r"mmalign\.pipelines\b.*": (
         r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|sde)",
         "a pipeline knows no reward, no credit and no loop",
