@@ -48,6 +48,10 @@ ONLY_FROM = {
         r"mmalign\.(contracts|randomness|records|sde|solvers)",
         "it follows a plan, whatever the network",
     ),
+    r"mmalign\.(coupling|forward_process|pairwise)": (
+        r"mmalign\.(contracts|copies|coupling|credit|objectives|randomness|records|sde)",
+        "what methods share knows the contracts, not the loop",
+    ),
     r"mmalign\.pipelines\b.*": (
         r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|rollout|sde)",
         "a pipeline knows no reward, no credit and no loop",
