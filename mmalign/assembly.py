@@ -18,14 +18,16 @@ import yaml
 
 from mmalign import __version__, checkpoints, grids, report
 from mmalign.config import ConfigError, RunConfig
-from mmalign.contracts import PolicySettings, RewardModel
+from mmalign.contracts import PairwiseReward, PolicySettings, Reward
 from mmalign.data import PromptSource, read_prompts
 from mmalign.distributed import Distributed
 from mmalign.evaluation import Evaluator, Shown, repeat
+from mmalign.pairwise import win_rates
 from mmalign.pipelines import load as load_policy
 from mmalign.pipelines import pipeline_class
 from mmalign.pipelines.flow import FlowPolicy
-from mmalign.records import Outcome, Plan
+from mmalign.plans import forwards
+from mmalign.records import Outcome
 from mmalign.rewardmodels import load as load_reward
 from mmalign.scoring import Scorer, judge
 from mmalign.sde import Noise
@@ -157,6 +159,8 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
     rewards, weights = make_rewards(config)
     algorithm: Algorithm = config.algorithm.build(weights)
     check_noise(algorithm, config.training.seed)
+    for written in algorithm.loaded.values():
+        checkpoints.weights_of(written)
     policy = make_policy(config.policy, algorithm.noise, distributed.device, config.training.seed)
     tracker: Tracker = NoTracker()
     if write and distributed.is_main:
@@ -194,7 +198,7 @@ def make_policy(
     return load_policy(settings, noise, device, seed=seed)
 
 
-def make_rewards(config: RunConfig) -> tuple[list[RewardModel], dict[str, float]]:
+def make_rewards(config: RunConfig) -> tuple[list[Reward], dict[str, float]]:
     """The reward models, and their weights by the names that they give themselves."""
     rewards = [load_reward(name, **reward.settings) for name, reward in config.rewards.items()]
     weights = {r.name: given.weight for r, given in zip(rewards, config.rewards.values(), strict=True)}
@@ -213,14 +217,15 @@ def check_noise(algorithm: Algorithm, seed: int) -> None:
 
 
 @torch.no_grad()
-def probe(rewards: Sequence[RewardModel], policy: FlowPolicy, evaluator: Evaluator) -> None:
+def probe(rewards: Sequence[Reward], policy: FlowPolicy, evaluator: Evaluator) -> None:
     """Show every reward two pictures, drawn in one step, so that what it cannot do comes out now."""
     prompts = repeat(evaluator.prompts, [0], 2)
     before = policy.forwards.sample
     images = policy.images(prompts, 1, (0, "probe"))
     policy.forwards.sample = before
     for reward in rewards:
-        _, reasons = judge(reward, Outcome(prompts, images))
+        shown = Outcome(prompts, images)
+        _, reasons = win_rates(reward, shown) if isinstance(reward, PairwiseReward) else judge(reward, shown)
         raised = [reason for reason in reasons if not reason.startswith("the value is not finite")]
         if raised and sum(reasons.values()) == len(prompts):
             raise ConfigError(f"reward {reward.name!r} fails on what this policy draws: {raised[0]}")
@@ -290,38 +295,35 @@ def derive(
     """What follows from the settings and is never set: sizes of batches, counts of updates and forwards."""
     trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in policy.module.parameters())
-    groups, size, updates = config.prompts.per_iteration, config.prompts.group, config.training.updates
+    groups, size, settings = config.prompts.per_iteration, config.prompts.group, config.training
     samples, rows = groups * size, policy.adapter.rows(config.policy.guidance)
     found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]
-    costs = [[forwards(plan, samples, groups, rows) for plan in plans] for plans in found]
-    sample = sum(cost[0] for plans in costs for cost in plans) / len(costs)
-    train = sum(cost[1] for plans in costs for cost in plans) / len(costs)
+    cost = algorithm.through.cost if algorithm.through is not None else lambda plan: 1
+    member = torch.arange(size)
+    learners = member[: algorithm.credit.learners or size]
+    costs = [
+        (
+            forwards(plan, torch.zeros_like(member), member)[0],
+            forwards(plan, torch.zeros_like(learners), learners, cost(plan))[1],
+        )
+        for plans in found
+        for plan in plans
+    ]
+    sample, train = (groups * rows * sum(counts) / len(found) for counts in zip(*costs, strict=True))
+    frozen = [*algorithm.copies, *algorithm.loaded]
     actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})
+    judged = sum(plan.views for plan in found[0])
+    updates = f"{settings.updates}, each over {groups // settings.updates} of the groups"
+    if algorithm.apart:
+        updates = f"{settings.updates} for each action, each over {groups // settings.updates} of the groups"
     return {
         "trained parameters": f"{trained:,} of {whole:,}",
         "prompts in an epoch": f"{prompts // groups * groups:,} of {prompts:,}",
         "samples an iteration": f"{groups} prompts x {size} = {samples}, {samples // world} a process",
         "denoising steps": f"{found[0][0].steps}, of them stochastic {' or '.join(map(str, actions))}",
-        "updates an iteration": f"{updates}, each over {groups // updates} of the groups",
+        "pictures judged an iteration": f"{judged} x {samples} = {judged * samples}",
+        "updates an iteration": updates,
         "forwards an iteration": f"{sample:.0f} to sample, {train:.0f} to train"
-        + "".join(f", {train:.0f} of the {name} policy" for name in algorithm.copies),
+        + (f", at most {train:.0f} of each frozen policy ({', '.join(frozen)})" if frozen else ""),
         "network rows of a forward": f"at most {policy.chunk} to sample, {config.training.batch} to train",
     }
-
-
-def forwards(plan: Plan, samples: int, groups: int, rows: int) -> tuple[int, int]:
-    """Sample-forwards to sample and to train under a plan.
-
-    Members that share their noise are one sample up to their first action and share its forward, as do
-    completions their first.
-    """
-    shared = samples - groups if plan.share_noise and plan.sde_steps else 0
-    start = plan.sde_steps[0] if plan.sde_steps else 0
-    tail = sum(
-        -(-(plan.steps - 1 - last) // stride)
-        for last in [(plan.sde_steps or (-1,))[-1]]
-        for stride in plan.strides
-    )
-    tail -= len(plan.strides) - 1
-    sample = samples * ((plan.sde_steps[-1] + 1 if plan.sde_steps else 0) + tail) - shared * (start + 1)
-    return sample * rows, (samples * (len(plan.sde_steps) or plan.renoise) - shared) * rows

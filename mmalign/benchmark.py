@@ -13,7 +13,7 @@ from torch import nn
 
 from mmalign.assembly import Run, assemble, device_name
 from mmalign.config import RunConfig
-from mmalign.contracts import LearnedReward, RewardModel
+from mmalign.contracts import LearnedReward, PairwiseReward, RewardModel
 from mmalign.records import Outcome, RewardSignal
 
 MODEL = ("network forward", "network backward", "text encoders", "VAE", "reward")
@@ -84,7 +84,7 @@ def instrument(run: Run, watch: Stopwatch) -> None:
     optimizer = trainer.learner.optimizer
     optimizer.step = watch.wrap("optimizer", optimizer.step)  # type: ignore[method-assign]
     trainer.scorer.rewards = [
-        reward if isinstance(reward, LearnedReward) else TimedReward(reward, watch)
+        reward if isinstance(reward, LearnedReward | PairwiseReward) else TimedReward(reward, watch)
         for reward in trainer.scorer.rewards
     ]
 

@@ -96,6 +96,21 @@ def latest(run_dir: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def weights_of(folder: Path) -> Path:
+    """Where the weights lie that a run has written: its latest checkpoint, or the folder itself."""
+    if (folder / FOLDER).is_dir():
+        found = latest(folder)
+        if found is None:
+            raise FileNotFoundError(f"{folder} is a run without a complete checkpoint; let it train on")
+        return found
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}; the run that writes it has to be trained first, such as by "
+            f"mmalign train --config assets/recipes/{folder.name}.yaml"
+        )
+    return folder
+
+
 def prune(run_dir: Path, keep: int) -> None:
     """Remove all but the latest `keep` checkpoints (0: none), and drafts that a killed run left behind."""
     for path in (run_dir / FOLDER).glob(".*"):

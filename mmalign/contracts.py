@@ -10,9 +10,14 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from mmalign.copies import Copies
-from mmalign.records import Evaluation, Outcome, Pick, Plan, Prompts, RewardSignal, Trajectory, Where
+from mmalign.records import Evaluation, Halted, Outcome, Pick, Plan, Prompts, RewardSignal, Trajectory, Where
 
+Media = Tensor | list[str]
 Key = tuple[int | str, ...]  # names a stream of random numbers: (seed, purpose, iteration, ...)
+
+
+class RewardError(RuntimeError):
+    """A reward that cannot be trained on; the message names it and says what it did."""
 
 
 @dataclass
@@ -46,8 +51,11 @@ class Policy(Protocol):
         """All unmasked actions of the samples `rows` [b], in forwards of at most `size` network rows."""
         ...
 
-    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
-        """How likely the picked actions are under the present parameters, with gradients if enabled."""
+    def evaluate(self, trajectory: Trajectory, pick: Pick, guidance: float | None = None) -> Evaluation:
+        """How likely the picked actions are under the present parameters, with gradients if enabled.
+
+        guidance: classifier-free guidance of this forward; None is the policy's own.
+        """
         ...
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
@@ -61,6 +69,30 @@ class Policy(Protocol):
         """
         ...
 
+    def load(self, folder: Path) -> None:
+        """Take the trainable parameters from what `save` wrote; ValueError where they do not fit."""
+        ...
+
+
+@runtime_checkable
+class DrawsOn(Protocol):
+    """A policy that objectives can differentiate through, from where `Plan.halt` halted it to its media."""
+
+    def halted(self, trajectory: Trajectory, pick: Pick) -> Halted:
+        """Where the picked samples were halted, and where they ended."""
+        ...
+
+    def velocity(self, trajectory: Trajectory, pick: Pick, x: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity of any states x [n, *latent] at sigma (scalar) for the prompts of the picked samples.
+
+        One forward a sample, with gradients if enabled.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Media in [0, 1] of clean latents [n, *latent], with gradients if enabled."""
+        ...
+
 
 class RewardModel(Protocol):
     """Scores outcomes, at whatever grain it can."""
@@ -68,6 +100,24 @@ class RewardModel(Protocol):
     name: str
 
     def __call__(self, outcome: Outcome) -> RewardSignal: ...
+
+
+@runtime_checkable
+class PairwiseReward(Protocol):
+    """A judge that compares two samples of one prompt; `mmalign.pairwise` makes win rates of its verdicts."""
+
+    name: str
+    both_orders: bool  # ask for each pair twice, either sample first: a preference for a place cancels out
+
+    def prefer(self, prompts: Prompts, first: Media, second: Media) -> Tensor:
+        """How far the first sample of each pair is preferred, [n]: 1, 0, or 1/2 for a tie; NaN: no verdict.
+
+        first, second: n images [n, C, H, W], videos, or strings, made for the same n prompts.
+        """
+        ...
+
+
+Reward = RewardModel | PairwiseReward
 
 
 @runtime_checkable
@@ -83,6 +133,22 @@ class LearnedReward(Protocol):
     def state_dict(self) -> dict[str, object]: ...
 
     def load_state_dict(self, state: dict[str, object]) -> None: ...
+
+
+@runtime_checkable
+class DifferentiableReward(Protocol):
+    """A reward that is a differentiable function of the media."""
+
+    name: str
+
+    def __call__(self, outcome: Outcome) -> RewardSignal: ...
+
+    def differentiate(self, outcome: Outcome) -> Tensor:
+        """One value a row of the media, [B * views], equal to that of a call; gradients reach the media.
+
+        A row without a verdict has value and gradient 0.
+        """
+        ...
 
 
 @dataclass(frozen=True)

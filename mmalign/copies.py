@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """How much of itself a copy keeps as it follows: start, and from `wait` on slope more each iteration."""
+
+    start: float = 0.0  # before it rises; 0 is always the last policy
+    slope: float = 0.001  # rise with each iteration
+    most: float = 0.5  # where it stops rising
+    wait: int = 0  # iterations before it begins to rise
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start <= self.most < 1 and self.slope >= 0 and self.wait >= 0):
+            raise ValueError(
+                f"a ramp needs 0 <= start <= most < 1, and slope and wait not negative, got "
+                f"start={self.start}, most={self.most}, slope={self.slope}, wait={self.wait}"
+            )
+
+    def __call__(self, iteration: int) -> float:
+        return min(self.start + self.slope * max(0, iteration - self.wait), self.most)
 
 
 class Copies:

@@ -1,9 +1,12 @@
-"""From reward units to an advantage for every action. Four questions, four independent answers:
+"""From reward units to an advantage for every action. Independent questions, independent answers:
 
+read       what do verdicts on outcomes say of the actions?  units to units
 normalize  how good is a unit, compared with its peers?      [B, U] -> [B, U]
 combine    which units add up, and when?                     [B, U] -> K x [B, U]
 reach      which actions does a unit speak about?            [B, U] -> [B, S, *site]
+scale      how far does an advantage carry?                  [B, S]
 weigh      how loudly does an action speak in the loss?      [B, S]
+select     which of them are learned from after all?         [B, S]
 
 Peers may live on other ranks. Their values are gathered and put into an order that depends on the samples'
 names alone, so that the same samples give the same advantage, to the last bit, however they are placed.
@@ -18,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mmalign.records import Advantage, Prompts, RewardSignal, Trajectory, Unit, Where, Whole
+from mmalign.records import Advantage, Plan, Prompts, RewardSignal, Steps, Trajectory, Unit, Where, Whole
 
 Normalize = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 Weigh = Callable[[Trajectory], Tensor]
@@ -78,6 +81,19 @@ def leave_one_out(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -
     return peers.distance * peers.count / (peers.count - 1).clamp(min=1)
 
 
+def best_and_worst(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
+    """1 for the best of the peers, -1 for the worst, 0 for all others, and for all where they are equal."""
+    peers, out = _statistics(values, valid, group, aligned), torch.zeros_like(values, dtype=torch.float64)
+    for one in torch.unique(group):
+        rows = (group == one).nonzero().flatten()
+        distance = peers.distance[rows] if aligned else peers.distance[rows].reshape(-1, 1)
+        best, worst = distance.argmax(0), distance.argmin(0)
+        found = torch.zeros_like(distance)
+        found.scatter_(0, best[None], 1.0).scatter_(0, worst[None], -1.0)
+        out[rows] = torch.where(distance.abs().amax(0) > 0, found, 0.0).reshape(out[rows].shape)
+    return out
+
+
 def rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
     """Share of the peers that a unit beats less the share that beats it, in [-1, 1]."""
     values, out = values.double(), torch.zeros_like(values, dtype=torch.float64)
@@ -91,6 +107,11 @@ def rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
         wins = (torch.sign(v[:, None] - v[None, :]) * both).sum(1)
         out[rows] = (wins / (both.sum(1) - 1).clamp(min=1)).reshape(shape)
     return out
+
+
+def zscore_of_rank(values: Tensor, valid: Tensor, group: Tensor, aligned: bool) -> Tensor:
+    """Distance of a unit's win rate to the mean of its peers', in their standard deviations (Pref-GRPO)."""
+    return zscore(rank(values, valid, group, aligned), valid, group, aligned)
 
 
 @dataclass(frozen=True)
@@ -163,6 +184,7 @@ class Peers:
                 f"two samples are both member {twice[1]} of group {twice[0]}; a name must be given once"
             )
         self.group = torch.tensor([group for group, _ in place], dtype=torch.int64)
+        self.member = torch.tensor([member for _, member in place], dtype=torch.int64)
         self.mine = torch.tensor(
             [place[group, member] for group, member in names.tolist()], dtype=torch.int64
         )
@@ -174,6 +196,53 @@ class Peers:
     def all(self, rows: Tensor) -> Tensor:
         """Own rows [B, ...] to those of all ranks [N, ...], on the CPU; shorter rows are padded with 0."""
         return self._gather(rows.detach().cpu())[self._order]
+
+
+Read = Callable[[RewardSignal, Trajectory, Peers], RewardSignal]
+# (advantage [K, B, S, *site], which samples have a verdict [B], trajectory, peers) -> factor [B, S]
+Select = Callable[[Tensor, Tensor, Trajectory, Peers], Tensor]
+
+
+# Which actions are learned from after all? The advantage is not bounded yet; a factor may be [B, 1].
+
+
+def varied(advantage: Tensor, counted: Tensor, trajectory: Trajectory, peers: Peers) -> Tensor:
+    """Groups that tell their members apart; one whose advantages are all 0 says nothing."""
+    _, row = torch.unique(peers.group, return_inverse=True)
+    size = peers.all(_size(advantage))
+    loudest = size.new_zeros(len(size)).scatter_reduce_(0, row, size, "amax")
+    return (loudest[row] > 0)[peers.mine, None]
+
+
+def moved(advantage: Tensor, counted: Tensor, trajectory: Trajectory, peers: Peers) -> Tensor:
+    """Samples with an advantage; one of 0 says nothing."""
+    return (_size(advantage) > 0)[:, None]
+
+
+def extremes(number: int, advantage: Tensor, counted: Tensor, trajectory: Trajectory, peers: Peers) -> Tensor:
+    """The `number` best and the `number` worst of each group; the others only take part in the comparison."""
+    score = peers.all(advantage.sum(0).flatten(1).mean(1))
+    known = peers.all(counted.long()).bool()
+    return outermost(score, known, peers.group, number)[peers.mine, None]
+
+
+def outermost(score: Tensor, counted: Tensor, group: Tensor, number: int) -> Tensor:
+    """Which counted samples are among the `number` best or the `number` worst of their group; all are [N].
+
+    Among equal ones the first are the lower; a group of fewer than twice the number keeps all.
+    """
+    chosen = torch.zeros_like(counted)
+    for one in torch.unique(group):
+        rows = ((group == one) & counted).nonzero().flatten()
+        order = rows[torch.argsort(score[rows], stable=True)]
+        chosen[order[:number]] = True
+        chosen[order[max(0, len(order) - number) :]] = True
+    return chosen
+
+
+def _size(advantage: Tensor) -> Tensor:
+    """The largest size of each sample's advantages [K, B, S, *site], [B]."""
+    return advantage.abs().transpose(0, 1).flatten(1).amax(1)
 
 
 @dataclass(frozen=True)
@@ -190,6 +259,12 @@ class Credit:
     reach: Literal["whole", "upstream", "local"] = "local"
     weigh: Weigh = per_sample
     clip: float = 5.0  # bound on the advantage
+    read: Read | None = None  # turns a reward's units into others, before they are compared
+    # start: compare only members of a group that start from the same initial noise (`Plan.starts`).
+    compare: Literal["group", "start"] = "group"
+    scale: Weigh | None = None  # multiplies the bounded advantage of each action
+    select: Select | None = None  # multiplies the weight of each action, once its advantage is known; 0: none
+    learners: int = 0  # members of a group that `select` leaves, where their number is known before; 0: all
 
     def __call__(
         self,
@@ -201,21 +276,11 @@ class Credit:
     ) -> Advantage:
         """The advantage of own samples, compared with their peers (None: there are no other ranks).
 
-        part: [B] int64, the update in which each sample takes part (None: one update); over each of them
-        weights sum to 1.
+        part: [B] or [B, S] int64, the update in which each sample or action takes part (None: one update);
+        over each of them weights sum to 1.
         """
-        unknown = {s.name for s in signals} ^ self.weights.keys()
-        if unknown:
-            raise ValueError(
-                f"rewards and weights must have the same names; only one side has {sorted(unknown)}"
-            )
         peers = peers or Peers(trajectory.outcome.prompts)
-        signals = [fold(s, trajectory.outcome.views) for s in signals if self.weights[s.name] != 0]
-        shares = [self.weights[s.name] for s in signals]
-        if not signals:
-            raise ValueError(f"at least one reward needs a weight other than 0, got {dict(self.weights)}")
-        if self.combine == "total_first":
-            signals, shares = [self._total(signals, peers)], [1.0]
+        shares, signals = zip(*self.units(signals, trajectory, peers), strict=True)
         rows = [
             share * self._spread(s, trajectory, locate, peers)
             for s, share in zip(signals, shares, strict=True)
@@ -223,20 +288,59 @@ class Credit:
         names = tuple(s.name for s in signals) if self.combine == "apart" else ("total",)
         if self.combine != "apart":
             rows = [torch.stack(_alike(rows)).sum(0)]
-        values = torch.stack(_alike(rows)).clamp(-self.clip, self.clip)
+        values = torch.stack(_alike(rows))
+        sites = [1] * (trajectory.log_prob.ndim - 2)
         counted = torch.stack([_valid(s).any(1) for s in signals]).any(0)
-        weight = self._loudness(trajectory, counted, peers, part)
+        weight = self.weigh(trajectory).cpu().double() * counted[:, None]  # [B, S]
+        if self.select is not None:
+            weight = weight * self.select(values, counted, trajectory, peers)
+        values = values.clamp(-self.clip, self.clip)
+        if self.scale is not None:
+            scale = self.scale(trajectory).cpu().double()
+            values = values * scale.reshape(*scale.shape, *sites)
+        weight = _shared(weight, peers, part)
+        weight = weight.reshape(*weight.shape, *sites) / max(1, trajectory.log_prob.shape[2:].numel())
         device = trajectory.log_prob.device
         return Advantage(values.float().to(device), weight.float().to(device), names)
 
-    def _total(self, signals: Sequence[RewardSignal], peers: Peers) -> RewardSignal:
+    def units(
+        self, signals: Sequence[RewardSignal], trajectory: Trajectory, peers: Peers
+    ) -> list[tuple[float, RewardSignal]]:
+        """What the rewards say of the actions, and each one's share: a single total if added up first."""
+        unknown = {s.name for s in signals} ^ self.weights.keys()
+        if unknown:
+            raise ValueError(
+                f"rewards and weights must have the same names; only one side has {sorted(unknown)}"
+            )
+        views = trajectory.outcome.views
+        found = [(self.weights[s.name], s) for s in signals if self.weights[s.name] != 0]
+        if not found:
+            raise ValueError(f"at least one reward needs a weight other than 0, got {dict(self.weights)}")
+        if self.combine == "total_first":
+            found = [(1.0, self._total([s for _, s in found], peers, views))]
+        found = [(share, fold(s, views, trajectory.plan)) for share, s in found]
+        if self.read is not None:
+            found = [(share, self.read(s, trajectory, peers)) for share, s in found]
+        return found
+
+    def _total(self, signals: Sequence[RewardSignal], peers: Peers, views: int) -> RewardSignal:
         total = sum((self.weights[s.name] * s.values.cpu().double()).sum(1, keepdim=True) for s in signals)
-        complete = torch.stack([_complete(s, peers) for s in signals]).all(0)
+        complete = torch.stack([_complete(s, peers, views) for s in signals]).all(0)
         return RewardSignal("total", torch.as_tensor(total), valid=complete[:, None])
+
+    def _compared(self, trajectory: Trajectory, peers: Peers) -> Tensor:
+        """The number of the samples with which each is compared, [N]."""
+        if self.compare == "group":
+            return peers.group
+        if trajectory.plan is None:
+            raise TypeError("compare='start' needs a policy that tells the plan it followed")
+        start = trajectory.plan.kin(peers.member, 0)
+        names: Tensor = torch.unique(torch.stack([peers.group, start], 1), dim=0, return_inverse=True)[1]
+        return names
 
     def _spread(self, signal: RewardSignal, trajectory: Trajectory, locate: Locate, peers: Peers) -> Tensor:
         values, valid = peers.all(signal.values.cpu().double()), peers.all(_valid(signal).long()).bool()
-        units = self.normalize(values, valid, peers.group, signal.unit.aligned)
+        units = self.normalize(values, valid, self._compared(trajectory, peers), signal.unit.aligned)
         units = units[peers.mine, : signal.values.shape[1]]  # [B, U]
         if self.reach == "whole" or isinstance(signal.where, Whole):
             footprint = units.new_ones(1, 1, 1, *[1] * (trajectory.log_prob.ndim - 2))
@@ -246,19 +350,21 @@ class Credit:
             footprint = footprint.flip(2).cummax(2).values.flip(2)
         return (units.reshape(*units.shape, *[1] * (footprint.ndim - 2)) * footprint).sum(1)
 
-    def _loudness(self, trajectory: Trajectory, counted: Tensor, peers: Peers, part: Tensor | None) -> Tensor:
-        weight = self.weigh(trajectory).cpu().double() * counted[:, None]  # [B, S]
-        parts = peers.all(torch.zeros_like(peers.mine) if part is None else part)
-        number = torch.unique(parts, return_inverse=True)[1]
-        sums = torch.zeros(len(parts), dtype=torch.float64).index_add_(0, number, peers.all(weight.sum(1)))
-        sums = sums[number][peers.mine]  # [B], the total of the update that each sample takes part in
-        sites = trajectory.log_prob.shape[2:]
-        weight = weight / torch.where(sums > 0, sums, 1.0)[:, None] / max(1, sites.numel())
-        return weight.reshape(*weight.shape, *[1] * len(sites))
+
+def _shared(weight: Tensor, peers: Peers, part: Tensor | None) -> Tensor:
+    """The weights [B, S] of own actions, so that those of all ranks in one update sum to 1."""
+    if part is None:
+        part = torch.zeros_like(peers.mine)
+    part = part.cpu() if part.ndim == 2 else part.cpu()[:, None].expand_as(weight)
+    number = torch.unique(peers.all(part), return_inverse=True)[1]  # [N, S]
+    sums = torch.zeros(int(number.max()) + 1 if number.numel() else 0, dtype=torch.float64)
+    sums.index_add_(0, number.flatten(), peers.all(weight).flatten())
+    sums = sums[number[peers.mine]][:, : weight.shape[1]]  # [B, S], the total of each action's own update
+    return weight / torch.where(sums > 0, sums, 1.0)
 
 
-def fold(signal: RewardSignal, views: int) -> RewardSignal:
-    """B * views verdicts as B verdicts of one unit per completion."""
+def fold(signal: RewardSignal, views: int, plan: Plan | None = None) -> RewardSignal:
+    """B * views verdicts as B verdicts of one unit per completion, placed on the action it speaks about."""
     if views == 1:
         return signal
     if signal.unit is not Unit.SAMPLE:
@@ -267,7 +373,10 @@ def fold(signal: RewardSignal, views: int) -> RewardSignal:
             f"not by one per {signal.unit.label}"
         )
     values, valid = signal.values.reshape(-1, views), _valid(signal).reshape(-1, views)
-    return replace(signal, values=values, valid=valid, unit=Unit.COMPLETION, where=Whole(), details=None)
+    where: Where = Whole()
+    if plan is not None and plan.singular:
+        where = Steps((torch.arange(views) // len(plan.strides)).expand(len(values), -1))
+    return replace(signal, values=values, valid=valid, unit=Unit.COMPLETION, where=where, details=None)
 
 
 def _alike(rows: Sequence[Tensor]) -> list[Tensor]:
@@ -279,16 +388,17 @@ def _valid(signal: RewardSignal) -> Tensor:
     return signal.valid.cpu()
 
 
-def _complete(signal: RewardSignal, peers: Peers) -> Tensor:
-    """Which samples have all the verdicts that their total needs, [B].
+def _complete(signal: RewardSignal, peers: Peers, views: int) -> Tensor:
+    """Which outcomes have all the verdicts that their total needs, [B * views].
 
-    Of aligned units a sample needs each one that any member of its group has; a unit that nobody in the group
-    has does not apply to the prompt. Of others it needs one: their number varies.
+    Of aligned units an outcome needs each one that any member of its group has; a unit that nobody in the
+    group has does not apply to the prompt. Of others it needs one: their number varies.
     """
     valid = _valid(signal)
     if not signal.unit.aligned:
         return valid.any(1)
-    every = peers.all(valid.long())
+    every = peers.all(valid.long().reshape(-1, views, valid.shape[1]))
     _, row = torch.unique(peers.group, return_inverse=True)
     applies = torch.zeros_like(every).index_add_(0, row, every)[row] > 0
-    return (valid | ~applies[peers.mine, : valid.shape[1]]).all(1) & valid.any(1)
+    applies = applies[peers.mine, :, : valid.shape[1]].reshape(valid.shape)
+    return (valid | ~applies).all(1) & valid.any(1)

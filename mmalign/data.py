@@ -37,14 +37,21 @@ class PromptSettings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompt file."""
+    """One line of a prompt file.
+
+    members: where the samples of the prompt are given, what is known of each beyond `extra`.
+    """
 
     text: str
     extra: Mapping[str, object] = field(default_factory=dict)
+    members: tuple[Mapping[str, object], ...] = ()
 
 
 def read_prompts(file: Path | str) -> list[Prompt]:
-    """The prompts of a .txt file, one a line, or of a .jsonl file, one object with a "prompt" a line."""
+    """The prompts of a .txt file, one a line, or of a .jsonl file, one object with a "prompt" a line.
+
+    An object with "chosen" and "rejected" is a pair of pictures, named by paths from the folder of the file.
+    """
     path = Path(file)
     if path.suffix not in (".txt", ".jsonl"):
         raise PromptError(
@@ -56,7 +63,23 @@ def read_prompts(file: Path | str) -> list[Prompt]:
     if lines == [""]:
         raise PromptError(f"{path}: the file holds no prompts")
     read = _from_json if path.suffix == ".jsonl" else _from_text
-    return [read(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    prompts = [read(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_paired(prompt, path, number) for number, prompt in enumerate(prompts, 1)]
+
+
+def _paired(prompt: Prompt, path: Path, number: int) -> Prompt:
+    """A prompt whose line names a chosen and a rejected picture, with both as its members."""
+    extra = dict(prompt.extra)
+    named = [extra.pop(side, None) for side in ("chosen", "rejected")]
+    if named == [None, None]:
+        return prompt
+    members = []
+    for name, preferred in zip(named, (1.0, 0.0), strict=True):
+        file = path.parent / str(name)
+        if not file.is_file():
+            raise PromptError(f"{path}, line {number}: there is no picture {name!r} beside the file")
+        members.append({"image": str(file), "preferred": preferred})
+    return Prompt(prompt.text, extra, tuple(members))
 
 
 def _from_text(line: str, place: str) -> Prompt:
@@ -77,6 +100,11 @@ def _from_json(line: str, place: str) -> Prompt:
     return Prompt(row["prompt"].strip(), {key: value for key, value in row.items() if key != "prompt"})
 
 
+def _known(prompt: Prompt, member: int) -> Mapping[str, object]:
+    """What is known of one sample of a prompt."""
+    return {**prompt.extra, **prompt.members[member]} if prompt.members else prompt.extra
+
+
 class PromptSource:
     """Groups of prompts by iteration: a function of (seed, iteration) alone, however many ranks share the
     work.
@@ -90,6 +118,12 @@ class PromptSource:
             raise PromptError(
                 f"prompts.per_iteration asks for {per_iteration} distinct prompts, there are {len(prompts)}"
             )
+        for prompt in prompts:
+            if len(prompt.members) not in (0, group):
+                raise PromptError(
+                    f"prompts.group must be {len(prompt.members)}, as many as the prompt {prompt.text!r} has "
+                    f"given samples, got {group}"
+                )
         self.prompts, self.per_iteration, self.group, self.seed = list(prompts), per_iteration, group, seed
 
     @classmethod
@@ -121,7 +155,7 @@ class PromptSource:
             [chosen[index].text for index, _ in rows],
             torch.tensor([first + index for index, _ in rows], dtype=torch.int64),
             torch.tensor([member for _, member in rows], dtype=torch.int64),
-            [chosen[index].extra for index, _ in rows],
+            [_known(chosen[index], member) for index, member in rows],
         )
 
     def _chosen(self, iteration: int) -> list[Prompt]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from mmalign.contracts import Forwards, Key, RewardModel
+from mmalign.contracts import Forwards, Key, PairwiseReward, Reward, RewardModel
 from mmalign.data import Prompt
 from mmalign.grids import Panel
 from mmalign.randomness import generator
@@ -45,6 +45,9 @@ class EvaluationSettings:
     grid_every: int = 20  # draw the sample grid every n iterations; 0: only before and after
     show: int = 6  # prompts in the sample grids
     show_seeds: int = 3  # pictures of each in the grids
+    # Share of the steps, from the noise on, that the trained model takes; the base model takes the others
+    # (MixGRPO's hybrid inference). Lower it, usually to 0.8, against over-optimized detail. Needs LoRA.
+    tuned: float = 1.0
     average: bool = False  # also evaluate the moving average of the parameters, where training keeps one
     seed: int = 0  # of the initial noise; the same for base and trained
 
@@ -52,6 +55,8 @@ class EvaluationSettings:
         for name in ("seeds", "steps", "batch", "show", "show_seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.tuned <= 1:
+            raise ValueError(f"tuned is a share between 0 and 1, got {self.tuned}")
         for name in ("prompts", "every", "grid_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -88,7 +93,14 @@ class Draws(Protocol):
 
     forwards: Forwards
 
-    def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor: ...
+    def images(
+        self,
+        prompts: Prompts,
+        steps: int,
+        key: Key,
+        guidance: float | None = None,
+        tuned: float = 1.0,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -192,7 +204,9 @@ def draw(policy: Draws, prompts: Prompts, settings: EvaluationSettings) -> Tenso
     key: Key = (settings.seed, "evaluation")
     before = policy.forwards.sample  # those counts are of training
     parts = [
-        policy.images(prompts.take(rows), settings.steps, key, settings.guidance).float().cpu()
+        policy.images(prompts.take(rows), settings.steps, key, settings.guidance, settings.tuned)
+        .float()
+        .cpu()
         for rows in batches(len(prompts), settings.batch)
     ]
     policy.forwards.sample = before
@@ -334,12 +348,14 @@ class Evaluator:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        rewards: Sequence[RewardModel],
+        rewards: Sequence[Reward],
         settings: EvaluationSettings,
         distributed: Gathers,
     ) -> None:
         self.prompts = [prompts[place] for place in spread(len(prompts), settings.prompts)]
-        self.rewards, self.settings, self.distributed = list(rewards), settings, distributed
+        # A judge of pairs has no verdict on a picture by itself.
+        self.rewards = [reward for reward in rewards if not isinstance(reward, PairwiseReward)]
+        self.settings, self.distributed = settings, distributed
         self.on_grid = spread(len(self.prompts), min(settings.show, len(self.prompts)))
 
     def scores(self, policy: Draws) -> tuple[Evaluated, Shown]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mmalign.checkpoints import weights_of
 from mmalign.contracts import Policy
 from mmalign.copies import Copies
+from mmalign.coupling import Coupled
+from mmalign.credit import Peers
 from mmalign.distributed import Distributed
 from mmalign.health import Meter, Reading, named
+from mmalign.objectives import Objective
 from mmalign.records import Advantage, Minibatch, Pick, Plan, Trajectory
 
 if TYPE_CHECKING:
@@ -28,25 +33,33 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class Credited:
-    """A trajectory with its credit on the action grid: values [K, B, S, *site], weight [B, S, *site]."""
+    """A trajectory with its credit on the grid: values [K, B, S, *site], weight and pull [B, S, *site]."""
 
     trajectory: Trajectory
     values: Tensor
     weight: Tensor
+    pull: Tensor | None
 
     @classmethod
     def of(cls, trajectory: Trajectory, advantage: Advantage) -> Credited:
         grid = trajectory.log_prob.shape
-        return cls(trajectory, advantage.values.expand(-1, *grid), advantage.weight.expand(grid))
+        pull = None if advantage.pull is None else advantage.pull.expand(grid)
+        return cls(trajectory, advantage.values.expand(-1, *grid), advantage.weight.expand(grid), pull)
 
-    def minibatch(self, pick: Pick) -> Minibatch:
+    def minibatch(self, pick: Pick, fresh: bool = False) -> Minibatch:
         at = (pick.rows, pick.columns)
-        return Minibatch(self.trajectory, pick, self.values[:, *at], self.weight[at])
+        pull = None if self.pull is None else self.pull[at]
+        return Minibatch(self.trajectory, pick, self.values[:, *at], self.weight[at], fresh, pull)
 
-    def silent(self, pick: Pick) -> Minibatch:
+    def silent(self, pick: Pick, fresh: bool) -> Minibatch:
         """The same forward and backward with no weight."""
-        batch = self.minibatch(pick)
-        return Minibatch(self.trajectory, pick, batch.advantage, torch.zeros_like(batch.weight))
+        batch = self.minibatch(pick, fresh)
+        return replace(batch, weight=torch.zeros_like(batch.weight))
+
+
+def _anywhere(flags: Tensor) -> Tensor:
+    """Which actions have a site that is so: [B, S, *site] to [B, S], on the CPU."""
+    return (flags.flatten(2).any(2) if flags.ndim > 2 else flags).cpu()
 
 
 class Learner:
@@ -78,8 +91,21 @@ class Learner:
             policy.copies = Copies(policy.module)  # sharding has replaced the parameters
         for name in algorithm.copies:
             policy.copies.save(name)
+        for name, folder in algorithm.loaded.items():
+            self._load_copy(name, folder)
         if settings.ema_decay:
             policy.copies.save(AVERAGE)
+
+    def _load_copy(self, name: str, folder: Path) -> None:
+        """Take a copy from what a run has written; the live parameters stay."""
+        if self.distributed.sharded:
+            raise ValueError(f"{name}: weights of another run cannot be read into sharded parameters")
+        before = [p.detach().clone() for p in self.parameters]
+        self.policy.load(weights_of(folder))
+        self.policy.copies.save(name)
+        with torch.no_grad():
+            for p, value in zip(self.parameters, before, strict=True):
+                p.copy_(value)
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Take over the moments of a checkpoint, but keep the settings of now."""
@@ -88,18 +114,32 @@ class Learner:
             group |= {"betas": self.settings.betas, "weight_decay": self.settings.weight_decay}
 
     def learn(
-        self, trajectory: Trajectory, advantage: Advantage, part: Tensor, plan: Plan
+        self,
+        trajectory: Trajectory,
+        advantage: Advantage,
+        part: Tensor,
+        plan: Plan,
+        peers: Peers,
+        live: bool = True,
     ) -> dict[str, float]:
-        """Every update over one batch of samples; part: [B], the one in which each sample takes part."""
+        """Every update over one batch of samples; part: [B, S], the one in which each action takes part.
+
+        live: the live parameters sampled, not a copy.
+        """
         credited, columns = Credited.of(trajectory, advantage), trajectory.mask.shape[1]
         meter, floor = (Meter(columns, self.distributed.device) for _ in range(2))
         losses, norms = [], []
-        for number in range(self.settings.updates):
-            picks = self._picks(credited, (part == number).nonzero().flatten())
+        for number in range(self.settings.updates * (columns if self.algorithm.apart else 1)):
+            picks = self._picks(credited, part == number)
             if picks is None:
                 continue
-            fresh = number == 0 and self.algorithm.sampler is None  # the parameters are those that sampled
-            loss = self._gradient(credited, picks, [meter, floor] if fresh else [meter])
+            fresh = number == 0 and live  # the parameters are those that sampled
+            batches = self._batches(credited, picks, fresh)
+            objective = self.algorithm.objective
+            if isinstance(objective, Coupled):
+                mine = credited.weight * (part == number).to(credited.weight)
+                objective = objective.look(self.policy, batches, credited.values, mine, peers)
+            loss = self._gradient(objective, batches, [meter, floor] if fresh else [meter])
             if fresh and not self._floor_known:
                 self._check_floor(floor.read(self.distributed.gather).get("log_ratio"))
             norm = self.distributed.clip(self.parameters, self.settings.grad_clip)
@@ -115,32 +155,42 @@ class Learner:
             metrics["grad_norm_max"] = max(norms)
         return metrics | {"learning_rate": self._learning_rate()}
 
-    def _picks(self, credited: Credited, rows: Tensor) -> list[Pick | None] | None:
+    def _picks(self, credited: Credited, taking: Tensor) -> list[Pick | None] | None:
         """The forwards of an update on this rank; None stands for a repeat that only keeps ranks in step.
 
-        No list at all where no rank has anything to learn from. A sample without weight is left out rather
-        than multiplied by 0: what kept it from a verdict may be NaN.
+        taking: [B, S], the actions of this update. No list at all where no rank has anything to learn from.
+        An action without weight is left out rather than multiplied by 0: what kept it from a verdict may be
+        NaN.
         """
-        rows = rows[(credited.weight > 0).flatten(1).any(1).cpu()[rows]]
+        taking = taking & credited.trajectory.mask.cpu() & _anywhere(credited.weight > 0)
         if self.settings.skip_idle and self.algorithm.objective.idle_at_zero:
-            busy = rows[(credited.values != 0).any(0).flatten(1).any(1).cpu()[rows]]
-            rows = busy if len(busy) else rows[:1]  # a gradient of 0 still moves by momentum and decay
+            busy = taking & _anywhere((credited.values != 0).any(0))
+            if not busy.any():  # a gradient of 0 still moves by momentum and decay
+                busy[taking.any(1).nonzero()[:1, 0]] = taking[taking.any(1)][:1]
+            taking = busy
         picks: list[Pick | None] = []
+        rows = taking.any(1).nonzero().flatten()
         if len(rows):
-            picks += self.policy.picks(credited.trajectory, rows, self.settings.batch)
+            trajectory = replace(credited.trajectory, mask=taking.to(credited.trajectory.mask.device))
+            picks += self.policy.picks(trajectory, rows, self.settings.batch)
         most = int(self.distributed.gather(torch.tensor([len(picks)])).max())
         return picks + [None] * (most - len(picks)) if most else None
 
-    def _gradient(self, credited: Credited, picks: list[Pick | None], meters: list[Meter]) -> Tensor:
+    def _batches(self, credited: Credited, picks: list[Pick | None], fresh: bool) -> list[Minibatch]:
+        return [
+            credited.minibatch(pick, fresh) if pick else credited.silent(self._spare(credited, picks), fresh)
+            for pick in picks
+        ]
+
+    def _gradient(self, objective: Objective, batches: list[Minibatch], meters: list[Meter]) -> Tensor:
         """Add up the gradient of one update; gives this rank's share of the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         loss = torch.zeros((), device=self.distributed.device)
-        for i, pick in enumerate(picks):
-            batch = credited.minibatch(pick) if pick else credited.silent(self._spare(credited, picks))
-            with self.distributed.minibatch(self.policy.module, last=i == len(picks) - 1):
-                losses, measures = self.algorithm.objective(self.policy, batch)
+        for i, batch in enumerate(batches):
+            with self.distributed.minibatch(self.policy.module, last=i == len(batches) - 1):
+                losses, measures = objective(self.policy, batch)
                 self.algorithm.update(losses, self.parameters, self.distributed.backward)
             loss += losses.detach().sum()
             for meter in meters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,8 +15,12 @@ from mmalign.records import Evaluation, Minibatch
 
 KLForm = Literal["gaussian", "velocity", "per_step"]
 Measures = dict[str, Tensor]  # [n, *site] each, without gradient; the trainer takes means and maxima
+# What picked actions gain for each objective under the present parameters, [K, n, *site].
+Gain = Callable[[Evaluation], tuple[Tensor, Measures]]
 
 REFERENCE = "reference"  # the copy of the parameters that the KL pulls towards
+OLD = "old"  # a copy that follows the live parameters slowly
+LAST = "last"  # the copy of the parameters that the iteration began with
 CEILING = 30.0  # log-ratios above it push no further: exp(30) fits into fp32 with room for its products
 
 
@@ -44,6 +49,22 @@ def clipped_gain(log_ratio: Tensor, advantage: Tensor, low: float, high: float) 
     above = log_ratio.clamp(max=min(math.log1p(high), CEILING))
     below = log_ratio.clamp(min=math.log1p(-low) if low < 1 else -math.inf, max=CEILING)
     return torch.where(advantage > 0, above, below).exp() * advantage
+
+
+def frozen(policy: Policy, batch: Minibatch, copy: str, guidance: float | None = None) -> Evaluation:
+    """What a copy of the parameters finds, without gradient.
+
+    Ask before the live parameters: there must be no graph yet that looks at them while they are swapped.
+    """
+    with torch.no_grad(), policy.copies.use(copy):
+        return policy.evaluate(batch.trajectory, batch.pick, guidance)
+
+
+def velocity_of(found: Evaluation) -> Tensor:
+    """The velocity of an evaluation, [n, *latent]."""
+    if found.velocity is None:
+        raise TypeError("this method needs a policy that reports its velocity")
+    return found.velocity
 
 
 def divergence(new: Evaluation, reference: Evaluation, form: KLForm = "gaussian") -> Tensor:
@@ -117,23 +138,71 @@ class ClippedRatio:
         return self.kl == 0
 
     def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]:
-        if self.kl:
-            # First, so that the parameters are swapped before there is a graph that looks at them.
-            with torch.no_grad(), policy.copies.use(REFERENCE):
-                reference = policy.evaluate(batch.trajectory, batch.pick)
-        new = policy.evaluate(batch.trajectory, batch.pick)
-        log_ratio = new.log_prob - batch.log_prob
-        loss = -clipped_gain(log_ratio, batch.advantage, self.low, self.high)  # [K, n, *site]
-        now = log_ratio.detach()
-        measures = {
-            "log_ratio": now,
-            "ratio": now.clamp(max=CEILING).exp(),
-            "clip_share": (now > math.log1p(self.high))
-            | (now < (math.log1p(-self.low) if self.low < 1 else -math.inf)),
-        }
-        if self.kl:
-            kl = divergence(new, reference, self.kl_form).expand_as(log_ratio)
-            measures["kl"] = kl.detach()
-            # Once, not once per objective: kept-apart objectives share one pull towards the reference.
-            loss = loss + self.kl * kl / len(loss)
-        return (loss * batch.weight).flatten(1).sum(1), measures
+        def gain(new: Evaluation) -> tuple[Tensor, Measures]:
+            log_ratio = new.log_prob - batch.log_prob
+            gained = clipped_gain(log_ratio, batch.advantage, self.low, self.high)  # [K, n, *site]
+            return gained, ratio_measures(log_ratio, self.low, self.high)
+
+        return penalized(policy, batch, gain, self.kl, self.kl_form)
+
+
+def ratio_measures(log_ratio: Tensor, low: float, high: float) -> Measures:
+    """How far the ratio is from 1, and how often it is outside of the clip range."""
+    now = log_ratio.detach()
+    return {
+        "log_ratio": now,
+        "ratio": now.clamp(max=CEILING).exp(),
+        "clip_share": (now > math.log1p(high)) | (now < (math.log1p(-low) if low < 1 else -math.inf)),
+    }
+
+
+def penalized(
+    policy: Policy, batch: Minibatch, gain: Gain, kl: float, kl_form: KLForm
+) -> tuple[Tensor, Measures]:
+    """Losses [K]: minus what the actions gain now, plus kl times their divergence from the reference."""
+    if kl:
+        reference = frozen(policy, batch, REFERENCE)
+    new = policy.evaluate(batch.trajectory, batch.pick)
+    gained, measures = gain(new)
+    loss = -gained
+    if kl:
+        away = divergence(new, reference, kl_form).expand_as(new.log_prob)
+        measures["kl"] = away.detach()
+        if batch.pull is not None:
+            away = batch.pull * away
+        # Once, not once per objective: kept-apart objectives share one pull towards the reference.
+        loss = loss + kl * away / len(loss)
+    return (loss * batch.weight).flatten(1).sum(1), measures
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A pull of the velocity towards that of a frozen copy: weight mean |v - v_copy|^2.
+
+    guidance: of the copy's forward; None is the policy's own. scale: of the weight, from the advantage [n].
+    name: under which the distance is logged.
+    """
+
+    weight: float
+    copy: str = REFERENCE
+    guidance: float | None = None
+    scale: Callable[[Tensor], Tensor] | None = None
+    name: str = "kl"
+
+    def velocity(self, policy: Policy, batch: Minibatch) -> Tensor:
+        """Where it pulls to; to be asked before there is a graph of the live parameters."""
+        return velocity_of(frozen(policy, batch, self.copy, self.guidance))
+
+
+def pulled(
+    anchors: Sequence[Anchor], held: Sequence[Tensor], velocity: Tensor, advantage: Tensor
+) -> tuple[Tensor | float, Measures]:
+    """The penalty of all anchors [n], 0 if there is none; held: their velocities, advantage: [K, n]."""
+    penalty: Tensor | float = 0.0
+    measures: Measures = {}
+    for anchor, there in zip(anchors, held, strict=True):
+        away = (velocity - there).square().flatten(1).mean(1)
+        measures[anchor.name] = away.detach()
+        scale = anchor.scale(advantage.mean(0)) if anchor.scale else 1.0
+        penalty = penalty + anchor.weight * scale * away
+    return penalty, measures

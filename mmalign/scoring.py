@@ -11,15 +11,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mmalign.contracts import RewardModel
+from mmalign.contracts import PairwiseReward, Reward, RewardError, RewardModel
 from mmalign.credit import Gather, Peers, alone
+from mmalign.pairwise import win_rates
 from mmalign.records import Outcome, RewardSignal
 
+__all__ = ["RewardError", "Scorer", "Scores", "judge", "summarize"]
+
 Objects = Callable[[Sequence[object]], list[object]]  # gathers objects of all ranks
-
-
-class RewardError(RuntimeError):
-    """A reward that cannot be trained on; the message names it and says what it did."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Scorer:
     server.
     """
 
-    def __init__(self, rewards: Sequence[RewardModel], missing_limit: float = 0.2, threads: int = 0) -> None:
+    def __init__(self, rewards: Sequence[Reward], missing_limit: float = 0.2, threads: int = 0) -> None:
         names = [reward.name for reward in rewards]
         if not names:
             raise ValueError("a run needs at least one reward")
@@ -56,10 +55,14 @@ class Scorer:
 
     def __call__(self, outcome: Outcome, gather: Gather = alone) -> Scores:
         """Verdicts on own samples; whether too many are missing is judged over all ranks."""
-        if self._pool is None:
-            found = [judge(reward, outcome) for reward in self.rewards]
-        else:
-            found = list(self._pool.map(lambda reward: judge(reward, outcome), self.rewards))
+        singles = [reward for reward in self.rewards if not isinstance(reward, PairwiseReward)]
+        ask = map if self._pool is None else self._pool.map
+        judged = iter(list(ask(lambda reward: judge(reward, outcome), singles)))
+        # Judges of pairs ask other processes for members of a group, which must not happen in threads.
+        found = [
+            win_rates(reward, outcome, gather) if isinstance(reward, PairwiseReward) else next(judged)
+            for reward in self.rewards
+        ]
         scores = Scores(
             [signal for signal, _ in found],
             {signal.name: reasons for signal, reasons in found if reasons},

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmalign.contracts import Key, Policy, RewardModel
+from mmalign.plans import forwards
 from mmalign.records import (
     Masks,
     Outcome,
@@ -35,6 +36,14 @@ WORDS = """
     square circle triangle star cross cat dog hat
 """.split()  # noqa: SIM905
 
+# The table of Stable Diffusion 1, 2 and XL.
+DIFFUSION: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
+
 
 def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     """Write a complete `StableDiffusion3Pipeline` with random weights into `folder` and give it back.
@@ -43,28 +52,11 @@ def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     CLIP tokens. Equal seeds give equal weights. t5: False leaves the third text encoder out, as small set-ups
     do.
     """
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     clip_tokens, t5_tokens = _clip_tokenizer(), _t5_tokenizer()
-    clip = CLIPTextConfig(
-        vocab_size=len(clip_tokens),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=16,
-        max_position_embeddings=16,
-        hidden_act="gelu",
-        bos_token_id=clip_tokens.bos_token_id,
-        eos_token_id=clip_tokens.eos_token_id,
-        pad_token_id=clip_tokens.pad_token_id,
-    )
+    clip = _clip_config(clip_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusion3Pipeline(
@@ -83,21 +75,7 @@ def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
                 qk_norm="rms_norm",
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=AutoencoderKL(
-                in_channels=3,
-                out_channels=3,
-                down_block_types=("DownEncoderBlock2D",) * 3,
-                up_block_types=("UpDecoderBlock2D",) * 3,
-                block_out_channels=(4, 4, 8),
-                layers_per_block=1,
-                latent_channels=4,
-                norm_num_groups=2,
-                sample_size=32,
-                scaling_factor=1.5,
-                shift_factor=0.06,
-                use_quant_conv=False,
-                use_post_quant_conv=False,
-            ),
+            vae=_vae(scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
             text_encoder=CLIPTextModelWithProjection(clip),
             tokenizer=clip_tokens,
             text_encoder_2=CLIPTextModelWithProjection(clip),
@@ -123,6 +101,114 @@ def tiny_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     return Path(folder)
 
 
+def tiny_sd(folder: Path, seed: int = 0, prediction: str = "epsilon") -> Path:
+    """Write a complete `StableDiffusionPipeline` with random weights into `folder` and give it back.
+
+    As tiny as `tiny_sd3`, with the table and the scheduler of Stable Diffusion 1.5. prediction: "epsilon" or
+    "v_prediction", as 2.1 has it.
+    """
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    tokens = _clip_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionPipeline(
+            unet=_unet(cross_attention_dim=16),
+            scheduler=PNDMScheduler(skip_prk_steps=True, prediction_type=prediction, **DIFFUSION),
+            vae=_vae(scaling_factor=0.18215),
+            text_encoder=CLIPTextModel(_clip_config(tokens)),
+            tokenizer=tokens,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_sdxl(folder: Path, seed: int = 0, prediction: str = "epsilon") -> Path:
+    """Write a complete `StableDiffusionXLPipeline` with random weights; otherwise as `tiny_sd`."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    tokens = _clip_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            unet=_unet(
+                cross_attention_dim=32,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 16,
+            ),
+            scheduler=EulerDiscreteScheduler(
+                timestep_spacing="leading", prediction_type=prediction, **DIFFUSION
+            ),
+            vae=_vae(scaling_factor=0.13025),
+            text_encoder=CLIPTextModel(_clip_config(tokens)),
+            tokenizer=tokens,
+            text_encoder_2=CLIPTextModelWithProjection(_clip_config(tokens)),
+            tokenizer_2=_clip_tokenizer(),
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def _unet(**given: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **given,
+    )
+
+
+def _vae(**given: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=32,
+        **given,
+    )
+
+
+def _clip_config(tokens: Any) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=16,
+        max_position_embeddings=16,
+        hidden_act="gelu",
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+
+
 def prompts_of(texts: list[str], group: int, extra: list[Mapping[str, object]] | None = None) -> Prompts:
     """Every text `group` times: group numbers count the texts, member numbers the samples of one text."""
     count = torch.arange(len(texts))
@@ -141,8 +227,12 @@ def check_policy(policy: Policy, prompts: Prompts, plan: Plan, tolerance: float 
     thing is computed in another batch, and a hundred times that for media; 1e-6 is for fp32.
     """
     key: Key = (0, "check")
+    before = policy.forwards.sample
     trajectory = policy.sample(prompts, plan, key)
+    rows = policy.forwards.sample - before
     _check_trajectory(trajectory, prompts, plan)
+    if isinstance(trajectory.outcome.media, Tensor):
+        _check_tree(policy, trajectory, plan, key, rows, tolerance)
     _check_streams(policy, trajectory, plan, key, tolerance)
     _check_replay(policy, trajectory, tolerance)
     _check_gradients(policy, trajectory)
@@ -164,7 +254,7 @@ def _check_trajectory(trajectory: Trajectory, prompts: Prompts, plan: Plan) -> N
     views = trajectory.outcome.views
     assert len(media) == samples * views, f"{len(media)} media for {samples} samples of {views} views"
     if isinstance(media, Tensor):
-        assert views == len(plan.strides), f"{views} views for the strides {plan.strides}"
+        assert views == plan.views, f"{views} views for a plan of {plan.views}"
         assert media.min() >= 0, f"media go down to {media.min()}"
         assert media.max() <= 1, f"media go up to {media.max()}"
     for name, tensor in trajectory.replay.items():
@@ -189,15 +279,58 @@ def _check_streams(policy: Policy, trajectory: Trajectory, plan: Plan, key: Key,
     assert not _same(media, other, 0), "another key gave the same samples"
     if isinstance(media, Tensor):
         for shared in (False, True):
-            quiet = policy.sample(prompts, replace(plan, sde_steps=(), share_noise=shared), key).outcome.media
+            quiet = policy.sample(prompts, Plan(plan.steps, share_noise=shared), key).outcome.media
             assert isinstance(quiet, Tensor)
             for group in sorted(set(prompts.group.tolist())):
-                members = quiet[:: len(plan.strides)][(prompts.group == group).to(quiet.device)]
+                members = quiet[(prompts.group == group).to(quiet.device)]
                 alike = _same(members, members[:1].expand_as(members), 100 * tolerance)
                 found = "alike" if alike else "different"
                 assert alike == shared or len(members) < 2, (
                     f"with share_noise={shared} members of group {group} are {found}"
                 )
+
+
+def _check_tree(
+    policy: Policy, trajectory: Trajectory, plan: Plan, key: Key, rows: int, tolerance: float
+) -> None:
+    """Members are one where the plan says so, and the network sees what they share once."""
+    prompts, likely = trajectory.outcome.prompts, trajectory.log_prob
+    group, member = prompts.group.cpu(), prompts.member.cpu()
+    for column, step in enumerate(plan.sde_steps):
+        names = torch.stack([group, plan.heirs(member, step)], 1)
+        node = torch.unique(names, dim=0, return_inverse=True)[1]
+        for one in range(int(node.max()) + 1):
+            shared = likely[(node == one).to(likely.device), column]
+            assert float((shared - shared[:1]).abs().max()) == 0, (
+                f"members that share the action at step {step} have different log-probabilities of it"
+            )
+        found = len(
+            torch.unique(likely[:, column].flatten(1) if likely.ndim > 2 else likely[:, column], dim=0)
+        )
+        assert found == int(node.max()) + 1, (
+            f"after step {step} there are {found} different members where the plan has {int(node.max()) + 1}"
+        )
+    sample, train = forwards(plan, group, member)
+    assert rows in (sample, 2 * sample), (
+        f"sampling took {rows} network rows, the plan {sample}, or twice that"
+    )
+    before = policy.forwards.train
+    for pick in policy.picks(trajectory, torch.arange(len(prompts)), size=4):
+        policy.evaluate(trajectory, pick)
+    rows = policy.forwards.train - before
+    assert rows in (train, 2 * train), f"an update took {rows} network rows, the plan {train}, or twice that"
+    learned = torch.tensor(
+        [plan.learned is None or step in plan.learned for step in plan.sde_steps], dtype=torch.bool
+    )
+    assert plan.renoise or torch.equal(trajectory.mask.cpu(), learned.expand(len(prompts), -1)), (
+        "mask must be True at the actions that are learned"
+    )
+    if plan.values:  # what an action ends in is the sample itself
+        media, views = trajectory.outcome.media, len(plan.strides)
+        plain = policy.sample(prompts, replace(plan, values=False), key).outcome.media
+        assert isinstance(media, Tensor)
+        last = media.reshape(len(prompts), plan.views, *media.shape[1:])[:, -views:].flatten(0, 1)
+        assert _same(last, plain, 100 * tolerance), "the last of the values is not the sample"
 
 
 def _check_replay(policy: Policy, trajectory: Trajectory, tolerance: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from mmalign import checkpoints
 from mmalign.contracts import Key, LearnedReward, Policy
+from mmalign.coupling import Coupled
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed, local
+from mmalign.gradients import Differentiated
 from mmalign.health import Clock, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
 from mmalign.plans import PlanAt
-from mmalign.records import Advantage, Plan, Prompts
+from mmalign.records import Advantage, Plan, Prompts, RewardSignal, Trajectory
 from mmalign.scoring import Scorer, Scores, summarize
 from mmalign.sde import Noise
 from mmalign.tracking import NoTracker, Tracker
@@ -78,20 +80,47 @@ class TrainingSettings:
             raise ValueError(f"max_missing is a share between 0 and 1, got {self.max_missing}")
 
 
+class Memory(Protocol):
+    """What a method remembers beyond the number of the iteration; the same on all ranks, and checkpointed."""
+
+    def observe(
+        self, signals: Sequence[RewardSignal], trajectory: Trajectory, peers: Peers
+    ) -> Mapping[str, float]:
+        """Take in one batch, after its credit and before its update; gives metrics."""
+        ...
+
+    def note(self, iteration: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Take in what an iteration measured, before the copies move; gives metrics of its own."""
+        ...
+
+    def state_dict(self) -> dict[str, object]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """All that makes one method differ from another."""
 
     plans: PlanAt
     credit: Credit
-    objective: Objective
+    objective: Objective | Coupled
     noise: Noise  # of the policy's stochastic steps
     update: Update = field(default_factory=Summed)
     # Frozen copies of the parameters taken at the start, and how much of itself each keeps after an iteration
     # (a number, or a function of the iteration) as it follows the live ones: 1 never moves, 0 is that
     # of the last iteration.
     copies: Mapping[str, float | Callable[[int], float]] = field(default_factory=dict)
-    sampler: str | None = None  # the copy that samples; None: the live parameters
+    # Copies read from folders that runs have written, and which stay as they are.
+    loaded: Mapping[str, Path] = field(default_factory=dict)
+    # The copy that samples, or which one does in an iteration; None: the live parameters.
+    sampler: str | Callable[[int], str | None] | None = None
+    apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
+    memory: Memory | None = None  # what plans, credit or copies depend on beside iteration and seed
+    through: Differentiated | None = None  # rewards that the objective differentiates; it meets them first
+
+    def sampled_by(self, iteration: int) -> str | None:
+        return self.sampler(iteration) if callable(self.sampler) else self.sampler
 
 
 class Source(Protocol):
@@ -128,6 +157,8 @@ class Trainer:
         self.seconds: dict[str, float] = {}  # by phase, over the whole run
         self._stop = False
         self._check_groups()
+        if algorithm.through is not None:
+            algorithm.through.meet(scorer.rewards)
         self.learner = Learner(policy, algorithm, settings, self.distributed)
         self.clock = Clock(self.distributed.device)
 
@@ -139,6 +170,9 @@ class Trainer:
             raise ValueError(
                 "a group of one has nobody to be compared with; prompts.group must be at least 2"
             )
+        for plan in self.algorithm.plans(0, self.settings.seed):
+            for size in sizes.unique().tolist():
+                plan.check_group(size)
         if len(groups) % self.settings.updates:
             raise ValueError(
                 f"training.updates={self.settings.updates} must divide the {len(groups)} groups of an "
@@ -203,15 +237,17 @@ class Trainer:
             peers = Peers(prompts, self.distributed.gather)
         plans = self.algorithm.plans(iteration, self.settings.seed)
         measured = [self._follow(plan, prompts, peers, (iteration, i)) for i, plan in enumerate(plans)]
-        for name, rule in self.algorithm.copies.items():
-            keep = rule(iteration) if callable(rule) else rule
-            if keep < 1:
-                self.policy.copies.follow(name, keep)
         metrics = {
             name: sum(found) / len(found)
             for name in dict.fromkeys(name for one in measured for name in one)
             if (found := [one[name] for one in measured if name in one])
         }
+        if self.algorithm.memory is not None:
+            metrics |= self.algorithm.memory.note(iteration, metrics)
+        for name, rule in self.algorithm.copies.items():
+            keep = rule(iteration) if callable(rule) else rule
+            if keep < 1:
+                self.policy.copies.follow(name, keep)
         metrics["updates"], metrics["updates/bad"] = float(self.learner.updates), float(self.learner.bad)
         counts = [self.policy.forwards.sample, self.policy.forwards.train, self.policy.forwards.reference]
         memory = peak_memory(self.distributed.device)
@@ -226,20 +262,21 @@ class Trainer:
         key: Key = (self.settings.seed, "sample", *place)
         before = self.policy.forwards.sample
         with self.clock("sample"):
-            sampler = self.algorithm.sampler
+            sampler = self.algorithm.sampled_by(place[0])
             with self.policy.copies.use(sampler) if sampler else nullcontext():
                 trajectory = self.policy.sample(prompts, plan, key)
         cost = (self.policy.forwards.sample - before) / max(1, len(prompts))
         with self.clock("reward"):
             scores = self.scorer(trajectory.outcome, self.distributed.gather)
         with self.clock("credit"):
-            groups = torch.unique(peers.group)
-            part = torch.searchsorted(groups, prompts.group.cpu()) * self.settings.updates // len(groups)
+            part = self._parts(trajectory, peers)
             advantage = self.algorithm.credit(scores.signals, trajectory, self.policy.locate, peers, part)
             metrics = summarize(scores, peers, trajectory.outcome.views, self.distributed.gather_objects)
             metrics |= self._about(advantage, peers)
+            if self.algorithm.memory is not None:
+                metrics |= self.algorithm.memory.observe(scores.signals, trajectory, peers)
         with self.clock("update"):
-            metrics |= self.learner.learn(trajectory, advantage, part, plan)
+            metrics |= self.learner.learn(trajectory, advantage, part, plan, peers, sampler is None)
         with self.clock("fit"):
             for reward in self.scorer.rewards:
                 if isinstance(reward, LearnedReward):
@@ -249,6 +286,14 @@ class Trainer:
             rows = rollouts(prompts, key, scores, advantage, trajectory.outcome.views, cost)
             self.tracker.rollouts(place[0], self.distributed.gather_objects(rows))
         return metrics
+
+    def _parts(self, trajectory: Trajectory, peers: Peers) -> Tensor:
+        """The update in which each action takes part, [B, S]: whole groups, and with `apart` one action."""
+        groups, updates = torch.unique(peers.group), self.settings.updates
+        part = torch.searchsorted(groups, trajectory.group.cpu()) * updates // len(groups)
+        actions = trajectory.mask.shape[1]
+        column = torch.arange(actions) if self.algorithm.apart else torch.zeros(actions, dtype=torch.int64)
+        return column * updates + part[:, None]
 
     def _about(self, advantage: Advantage, peers: Peers) -> dict[str, float]:
         """How many groups say nothing, and how strong the advantage is."""
@@ -285,6 +330,7 @@ class Trainer:
             "updates": self.learner.updates,
             "bad": self.learner.bad,
             "bad_in_a_row": self.learner.bad_in_a_row,
+            "memory": self.algorithm.memory.state_dict() if self.algorithm.memory is not None else None,
             "seconds": dict(self.seconds),
             "forwards": self._forwards(),
             "ranks": own,
@@ -342,6 +388,8 @@ class Trainer:
             state[name] for name in ("updates", "bad", "bad_in_a_row")
         )
         self.seconds = dict(state["seconds"])
+        if self.algorithm.memory is not None:
+            self.algorithm.memory.load_state_dict(state["memory"])
         if len(state["ranks"]) != self.distributed.world:
             warnings.warn(
                 f"{folder} was written by {len(state['ranks'])} processes and is read by "

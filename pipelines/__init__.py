@@ -14,7 +14,11 @@ from mmalign.pipelines.flow import DTYPES, FlowAdapter, FlowPolicy
 from mmalign.sde import Noise
 
 # `_class_name` of model_index.json -> adapter
-ADAPTERS = {"StableDiffusion3Pipeline": "mmalign.pipelines.sd3:SD3"}
+ADAPTERS = {
+    "StableDiffusion3Pipeline": "mmalign.pipelines.sd3:SD3",
+    "StableDiffusionPipeline": "mmalign.pipelines.sd:StableDiffusion",
+    "StableDiffusionXLPipeline": "mmalign.pipelines.sd:StableDiffusionXL",
+}
 
 
 def load(

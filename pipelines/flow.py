@@ -1,10 +1,10 @@
-"""A policy over any flow model: one denoising loop, one replay, one way to place credit.
+"""A policy over any flow model: one network, one replay, one way to place credit.
 
-What a model family needs of its own is a `FlowAdapter`; everything else is written here once. A group is one
-prompt sampled several times, and its members share work wherever the plan lets them: texts are encoded once,
-members that start from one noise are one sample up to their first action, and actions taken in one state
-share one forward, in sampling and in the update. The gradient is the same, because every member's loss sees
-the weights through that one velocity.
+What a model family needs of its own is a `FlowAdapter`; the denoising loop is `mmalign.rollout`; everything
+else is written here once. A group is one prompt sampled several times, and its members share work wherever
+the plan lets them: texts are encoded once, members that have drawn the same noise so far are one state, and
+actions taken in one state share one forward, in sampling and in the update. The gradient is the same, because
+every member's loss sees the weights through that one velocity.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,12 +22,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmalign.contracts import Forwards, Key, LoraSettings, PolicySettings
 from mmalign.copies import Copies
 from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
+    Halted,
     Masks,
     Noised,
     Outcome,
@@ -39,14 +41,15 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.sde import Noise, euler, log_prob, transition
+from mmalign.rollout import Rollout, distinct, halt, noise_again, retake, roll_out
+from mmalign.sde import Noise
 
 Condition = Mapping[str, Tensor]  # what the network sees of a text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
-RECORDED = ("x", "x_next", "sigma", "sigma_next", "state", "log_prob")  # of every action
 DECODED_PLACES = 2**14  # of latents decoded at once: four images of 512x512 keep a device busy and fit
+CLEAN = 0.05  # the most sigma at which a schedule may end; diffusion models were never shown less than 0.03
 
 
 class FlowAdapter(Protocol):
@@ -54,11 +57,13 @@ class FlowAdapter(Protocol):
 
     Latents are [n, C, *place] in fp32, whatever the network makes of them (packing them into tokens is the
     adapter's own affair). pipeline: the diffusers pipeline, whose class writes LoRA files. network: its
-    denoiser. lora_targets: endings of the names of the layers that get adapters.
+    denoiser, which the pipeline calls `component`. lora_targets: endings of the names of the layers that get
+    adapters.
     """
 
     pipeline: Any
     network: nn.Module
+    component: str
     lora_targets: tuple[str, ...]
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
@@ -70,7 +75,7 @@ class FlowAdapter(Protocol):
         ...
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
-        """The schedule [steps + 1] for latents of this shape, falling to exactly 0."""
+        """The schedule [steps + 1] for latents of this shape, falling to 0 or what counts as it."""
         ...
 
     def rows(self, guidance: float) -> int:
@@ -94,7 +99,11 @@ class FlowAdapter(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Media of clean latents, [n, 3, H, W] or [n, F, 3, H, W] with values in [0, 1]."""
+        """Media of clean latents, [n, 3, H, W] or [n, F, 3, H, W] with values in [0, 1]; gradients flow."""
+        ...
+
+    def latents(self, media: Tensor) -> Tensor:
+        """Clean latents in fp32 of media as `decode` gives them: the mean of the encoder, without noise."""
         ...
 
 
@@ -102,23 +111,6 @@ def guided(both: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance in fp32; both: velocities of the negative half, then of the positive half."""
     negative, positive = both.float().chunk(2)
     return negative + guidance * (positive - negative)
-
-
-def state_ids(group: Tensor, member: Tensor, step: int, shared: bool) -> Tensor:
-    """A number for the state in which an action is taken, [B] int64: equal if and only if the states are one.
-
-    It speaks of (group, step) where members share the state, else of (group, member, step), and so means the
-    same on every rank and in every slice.
-    """
-    for name, value, bits in (
-        ("group", group, 31),
-        ("member", member, 19),
-        ("step", torch.tensor([step]), 12),
-    ):
-        if len(value) and not 0 <= int(value.min()) <= int(value.max()) < 2**bits:
-            raise ValueError(f"{name} numbers must lie in 0..2^{bits} - 1, got {value.tolist()}")
-    who = torch.zeros_like(member) if shared else member + 1
-    return group * 2**32 + who * 2**12 + step
 
 
 @dataclass(frozen=True)
@@ -131,6 +123,9 @@ class _Texts:
     def at(self, place: Tensor) -> Condition:
         return {name: tensor[place] for name, tensor in self.tensors.items()}
 
+    def of(self, rows: Tensor) -> _Texts:
+        return _Texts(self.tensors, self.place[rows])
+
 
 class FlowPolicy:
     """A flow model as a policy: its actions are the stochastic denoising steps.
@@ -139,8 +134,9 @@ class FlowPolicy:
     ratios per place has another objective, with its own clip range. chunk: network rows of one forward in
     sampling; raise it until the device is busy, lower it if memory runs out. seed: of the first LoRA weights.
 
-    `replay` holds per action x and x_next [B, S, *latent], sigma and sigma_next [B, S] and, on the CPU,
-    state [B, S] (see `state_ids`); per sample the schedule's guard [B]. Floats are fp32 at every precision.
+    `replay` holds per action x, x_next and its mean [B, S, *latent], sigma and sigma_next [B, S] and, on the
+    CPU, state [B, S] (see `state_ids`); per sample the schedule's guard [B]. Floats are fp32 at every
+    precision.
     """
 
     def __init__(
@@ -186,99 +182,83 @@ class FlowPolicy:
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
-        """Sample by the plan: the ODE, with noise drawn and recorded at `plan.sde_steps`."""
-        if plan.sde_steps and self.noise.level == 0:
-            raise ValueError(
-                f"noise.level is 0, zero SDE noise with an SDE algorithm: steps {plan.sde_steps} are to be "
-                "stochastic; give it a level above 0, or a plan without sde_steps"
-            )
-        sigmas, guidance, samples = self._schedule(plan.steps), self.settings.guidance, len(prompts)
-        # Until the first action a row is a group where noise is shared, and a sample otherwise.
-        shared = plan.share_noise
-        lead, row = _leaders(prompts) if shared else (torch.arange(samples), torch.arange(samples))
-        x, texts = (
-            self._prior(prompts.take(lead), shared, key),
-            self._texts(prompts.take(lead).text, guidance),
-        )
-        streams = [generator(*key, "noise", *name) for name in _names(prompts)]
-        record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
-        start = plan.sde_steps[-1] + 1 if plan.sde_steps else 0
-        for step in range(start):
-            velocity = self._velocity(x, sigmas[step].expand(len(x)), texts, guidance)
-            if step not in plan.sde_steps:
-                x = euler(x, velocity, sigmas[step], sigmas[step + 1])
-                continue
-            state = state_ids(prompts.group, prompts.member, step, shared)
-            if shared:  # one velocity for the group; from here on its members part
-                x, velocity, texts, shared = x[row], velocity[row], self._texts(prompts.text, guidance), False
-            sigma, sigma_next = sigmas[step].expand(samples), sigmas[step + 1].expand(samples)
-            moved = transition(x, velocity, sigma, sigma_next, self.noise, sigmas[1])
-            x_next = moved.mean + moved.std * normals(streams, self.shape, self.device)
-            likely = log_prob(x_next, moved, self.noise, self._dims)
-            for name, value in zip(RECORDED, (x, x_next, sigma, sigma_next, state, likely), strict=True):
-                record[name].append(value)
-            x = x_next
-        views = self._finish(x, texts, sigmas, start, plan.strides, guidance)
-        if shared:  # nothing was drawn: the members are one to the end
-            views = [view[row] for view in views]
-        media = self._decode(torch.stack(views, 1).flatten(0, 1))
-        replay = {name: torch.stack(values, 1) for name, values in record.items() if values}
+        """Sample by the plan: the ODE, noise drawn at `plan.stochastic` and recorded at `plan.sde_steps`."""
+        sigmas, samples = self._schedule(plan.steps), len(prompts)
+        if plan.given:
+            media, clean = self._given(prompts)
+            replay: dict[str, Tensor] = {}
+        else:
+            rolled = self._roll_out(prompts, plan, key, self.settings.guidance)
+            # A state that several samples are in is decoded once.
+            media = torch.stack([self._decode(view.x)[view.row] for view in rolled.views], 1).flatten(0, 1)
+            clean, replay = rolled.views[0].x[rolled.views[0].row], dict(rolled.actions)
+            replay["guard"] = sigmas[1].expand(samples)
+            if plan.halt:
+                replay = halt(prompts, rolled, plan, sigmas, key)
         if plan.renoise:
-            replay = self._renoise(prompts, views[0], plan.renoise, sigmas, key)
-        site, actions = self.shape[1:] if self.by_site else (), len(plan.sde_steps) or plan.renoise
+            replay = noise_again(prompts, clean, plan.renoise, sigmas, key)
+        site, actions = self.shape[1:] if self.by_site else (), plan.actions
         recorded = replay.pop("log_prob", torch.zeros(samples, actions, *site, device=self.device))
-        replay["guard"] = sigmas[1].expand(samples)
         mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
-        return Trajectory(Outcome(prompts, media, len(plan.strides)), recorded, mask, replay)
+        if plan.learned is not None:
+            mask &= torch.tensor([step in plan.learned for step in plan.sde_steps], device=self.device)
+        return Trajectory(Outcome(prompts, media, plan.views), recorded, mask, replay, plan, sigmas)
 
-    def _renoise(
-        self, prompts: Prompts, clean: Tensor, times: int, sigmas: Tensor, key: Key
-    ) -> dict[str, Tensor]:
-        """Finished latents noised again, one time drawn in each of `times` equal parts of the schedule."""
-        streams = [generator(*key, "renoise", *name) for name in _names(prompts)]
-        drawn = torch.stack([torch.rand(times, generator=stream) for stream in streams]).to(self.device)
-        place = (torch.arange(times, device=self.device) + drawn) / times * (len(sigmas) - 1)
-        low = place.long().clamp(max=len(sigmas) - 2)
-        sigma = torch.lerp(sigmas[low], sigmas[low + 1], place - low)  # [B, times]
-        noise = normals(streams, (times, *self.shape), self.device)
-        share = sigma.reshape(*sigma.shape, *[1] * len(self.shape))
-        x = (1 - share) * clean[:, None] + share * noise
-        state = torch.stack([state_ids(prompts.group, prompts.member, i, False) for i in range(times)], 1)
-        return {"x": x, "sigma": sigma, "state": state, "clean": clean}
+    def _roll_out(
+        self, prompts: Prompts, plan: Plan, key: Key, guidance: float, tuned: int | None = None
+    ) -> Rollout:
+        """Sample by the plan; tuned: how many steps, from the noise on, are not left to the base model."""
+        texts, sigmas = self._texts(prompts.text, guidance), self._schedule(plan.steps)
+        turn = sigmas[-1] if tuned is None else sigmas[tuned]
+
+        def velocity(x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+            with self._base() if sigma[0] <= turn else nullcontext():
+                return self._velocity(x, sigma, texts.of(sample), guidance)
+
+        return roll_out(prompts, plan, key, sigmas, self.shape, self.noise, self._dims, velocity)
+
+    def _given(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """The pictures that the prompts name as their `image`, at the policy's size, and their latents."""
+        files = [extra.get("image") for extra in prompts.extra]
+        for text, file in zip(prompts.text, files, strict=True):
+            if not isinstance(file, str):
+                raise ValueError(f'prompt {text!r} names no picture: it needs a path under "image"')
+        scale = self.adapter.pipeline.vae_scale_factor
+        height, width = (places * scale for places in self.shape[-2:])
+        media = torch.stack([read_picture(str(file), height, width) for file in files]).to(self.device)
+        rows = max(1, DECODED_PLACES // prod(self.shape[1:]))
+        return media, torch.cat([self.adapter.latents(part) for part in torch.split(media, rows)])
 
     @torch.no_grad()
-    def images(self, prompts: Prompts, steps: int, key: Key, guidance: float | None = None) -> Tensor:
-        """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own."""
-        guidance = self.settings.guidance if guidance is None else guidance
-        x, texts = self._prior(prompts, False, key), self._texts(prompts.text, guidance)
-        return self._decode(self._finish(x, texts, self._schedule(steps), 0, (1,), guidance)[0])
+    def images(
+        self,
+        prompts: Prompts,
+        steps: int,
+        key: Key,
+        guidance: float | None = None,
+        tuned: float = 1.0,
+    ) -> Tensor:
+        """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own.
 
-    def _prior(self, prompts: Prompts, shared: bool, key: Key) -> Tensor:
-        names = [name[:1] if shared else name for name in _names(prompts)]
-        return normals([generator(*key, "initial", *name) for name in names], self.shape, self.device)
-
-    def _finish(
-        self, x: Tensor, texts: _Texts, sigmas: Tensor, start: int, strides: Sequence[int], guidance: float
-    ) -> list[Tensor]:
-        """Follow the ODE from step `start` to the end, once per stride; all completions move in one batch.
-
-        They leave from one state, so their first forward is one as well.
+        tuned: the share of the steps, from the noise on, that is not left to the base model.
         """
-        end = len(sigmas) - 1
-        paths = [[*range(start, end, stride), end] for stride in strides]
-        views = [x] * len(paths)
-        for hop in range(max(map(len, paths)) - 1):
-            going = [i for i, path in enumerate(paths) if hop + 1 < len(path)]
-            if hop == 0:
-                velocities = [self._velocity(x, sigmas[start].expand(len(x)), texts, guidance)] * len(going)
-            else:
-                sigma = torch.cat([sigmas[paths[i][hop]].expand(len(x)) for i in going])
-                batch = _Texts(texts.tensors, texts.place.repeat(len(going)))
-                together = self._velocity(torch.cat([views[i] for i in going]), sigma, batch, guidance)
-                velocities = list(together.chunk(len(going)))
-            for i, velocity in zip(going, velocities, strict=True):
-                views[i] = euler(views[i], velocity, sigmas[paths[i][hop]], sigmas[paths[i][hop + 1]])
-        return views
+        guidance = self.settings.guidance if guidance is None else guidance
+        (view,) = self._roll_out(prompts, Plan(steps), key, guidance, round(tuned * steps)).views
+        return self._decode(view.x)[view.row]
+
+    @contextmanager
+    def _base(self) -> Iterator[None]:
+        """Run without the adapters, as the model was before training."""
+        if not self.settings.lora.rank:
+            raise ValueError(
+                "evaluation.tuned below 1 needs the base model, which policy.lora.rank=0 (all weights are "
+                "trained) does not keep"
+            )
+        self._network.disable_adapters()
+        try:
+            yield
+        finally:
+            self._network.enable_adapters()
 
     def _schedule(self, steps: int) -> Tensor:
         if steps not in self._schedules:
@@ -286,10 +266,13 @@ class FlowPolicy:
             if (
                 len(sigmas) != steps + 1
                 or sigmas[0] > 1
-                or sigmas[-1] != 0
+                or not 0 <= sigmas[-1] <= CLEAN
                 or bool((sigmas.diff() >= 0).any())
             ):
-                raise ValueError(f"a schedule of {steps} steps must fall to exactly 0, got {sigmas.tolist()}")
+                raise ValueError(
+                    f"a schedule of {steps} steps must fall from at most 1 to 0 (at most {CLEAN}), got "
+                    f"{sigmas.tolist()}"
+                )
             self._schedules[steps] = sigmas.to(self.device)
         return self._schedules[steps]
 
@@ -340,6 +323,41 @@ class FlowPolicy:
             self._cache.popitem(last=False)
         return condition
 
+    # ---- the rest of the way, with gradients
+
+    def halted(self, trajectory: Trajectory, pick: Pick) -> Halted:
+        """Where the picked samples were halted (`Plan.halt`), and where they ended."""
+        replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
+        if "path" not in replay:
+            raise ValueError("these samples were not halted on their way: the plan has no halt")
+        return Halted(
+            replay["x"][rows], replay["path"][0], replay["clean"][rows], replay["noise"][rows, columns]
+        )
+
+    def velocity(self, trajectory: Trajectory, pick: Pick, x: Tensor, sigma: Tensor) -> Tensor:
+        """The velocity of states x [n, *latent] at sigma (scalar) for the prompts of the picked samples.
+
+        With gradients it counts as train, and gradient checkpointing keeps nothing of it but x.
+        """
+        guidance, text = self.settings.guidance, trajectory.outcome.prompts.text
+        texts = self._texts([text[row] for row in pick.rows.tolist()], guidance)
+        if not torch.is_grad_enabled():
+            return self._velocity(x, sigma.expand(len(x)), texts, guidance)
+        self.forwards.train += len(x) * self.adapter.rows(guidance)
+        if not self.settings.gradient_checkpointing:
+            return self._forward(x, sigma.expand(len(x)), texts.place, texts, guidance)
+        velocity: Tensor = checkpoint(
+            self._forward, x, sigma.expand(len(x)), texts.place, texts, guidance, use_reentrant=False
+        )
+        return velocity
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Media of clean latents; with gradient checkpointing nothing is kept of it but the latents."""
+        if not (self.settings.gradient_checkpointing and latents.requires_grad):
+            return self._decode(latents)
+        media: Tensor = checkpoint(self._decode, latents, use_reentrant=False)
+        return media
+
     # ---- replay
 
     def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
@@ -353,20 +371,22 @@ class FlowPolicy:
         if not len(place):
             return
         row = rows[place]
-        state = _distinct(trajectory.replay["state"][row, column])[1]
+        state = distinct(trajectory.replay["state"][row, column])[1]
         states = max(1, size // self.adapter.rows(self.settings.guidance))
         for first in range(0, int(state.max()) + 1, states):
             inside = (state >= first) & (state < first + states)
             yield Pick(row[inside], column[inside])
 
-    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
+    def evaluate(self, trajectory: Trajectory, pick: Pick, guidance: float | None = None) -> Evaluation:
         """How likely the picked actions are now, by one forward of their distinct states.
 
-        The forward counts as train with gradients enabled and as reference otherwise.
+        guidance: of this forward; None is the policy's own. The forward counts as train with gradients
+        enabled and as reference otherwise.
         """
         replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
-        first, inverse = _distinct(replay["state"][rows, columns])
-        guidance, text = self.settings.guidance, trajectory.outcome.prompts.text
+        first, inverse = distinct(replay["state"][rows, columns])
+        guidance = self.settings.guidance if guidance is None else guidance
+        text = trajectory.outcome.prompts.text
         count = len(first) * self.adapter.rows(guidance)
         if torch.is_grad_enabled():
             self.forwards.train += count
@@ -378,10 +398,7 @@ class FlowPolicy:
         if "clean" in replay:
             noised = Noised(x, replay["clean"][rows], sigma.reshape(-1, *[1] * len(self.shape)))
             return Evaluation(trajectory.log_prob[rows, columns], velocity=velocity, noised=noised)
-        sigma_next, x_next = replay["sigma_next"][rows, columns], replay["x_next"][rows, columns]
-        moved = transition(x, velocity, sigma, sigma_next, self.noise, replay["guard"][rows])
-        likely = log_prob(x_next, moved, self.noise, self._dims)
-        return Evaluation(likely, moved.mean, moved.std, velocity, moved.step)
+        return retake(trajectory, pick, velocity, self.noise, self._dims)
 
     @property
     def _dims(self) -> tuple[int, ...]:
@@ -409,30 +426,30 @@ class FlowPolicy:
     # ---- files
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the LoRA file that plain diffusers loads, or `transformer/` where all weights are trained.
+        """Write the LoRA file that plain diffusers loads, or the network's folder if all of it is trained.
 
         state: the network's gathered state dict, where its parameters are sharded over processes.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        component = self.adapter.component
         if not self.settings.lora.rank:
-            part = folder / ".transformer.part"
+            part = folder / f".{component}.part"
             shutil.rmtree(part, ignore_errors=True)
             self._network.save_pretrained(part, state_dict=state) if state else self._network.save_pretrained(
                 part
             )
-            shutil.rmtree(folder / "transformer", ignore_errors=True)
-            part.rename(folder / "transformer")
+            shutil.rmtree(folder / component, ignore_errors=True)
+            part.rename(folder / component)
             return
         from peft import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(self._network, state_dict=dict(state) if state else None)
         part_name = f"part.{LORA_FILE}"
-        type(self.adapter.pipeline).save_lora_weights(
-            folder,
-            transformer_lora_layers={name: t.detach().cpu().contiguous() for name, t in layers.items()},
-            transformer_lora_adapter_metadata=self._network.peft_config["default"].to_dict(),
-            weight_name=part_name,
-        )
+        named: dict[str, Any] = {
+            f"{component}_lora_layers": {name: t.detach().cpu().contiguous() for name, t in layers.items()},
+            f"{component}_lora_adapter_metadata": self._network.peft_config["default"].to_dict(),
+        }
+        type(self.adapter.pipeline).save_lora_weights(folder, weight_name=part_name, **named)
         os.replace(folder / part_name, folder / LORA_FILE)
 
     @torch.no_grad()
@@ -440,13 +457,13 @@ class FlowPolicy:
         """Take the trainable parameters from what `save` wrote; they must fit exactly."""
         from safetensors.torch import load_file
 
-        live = self._network.state_dict()
+        live, component = self._network.state_dict(), self.adapter.component
         if self.settings.lora.rank:
             lora = {name: p for name, p in live.items() if ".lora_" in name}
-            live = {"transformer." + name.replace(".default.", "."): p for name, p in lora.items()}
+            live = {f"{component}." + name.replace(".default.", "."): p for name, p in lora.items()}
             files = [folder / LORA_FILE]
         else:
-            files = sorted((folder / "transformer").glob("*.safetensors")) or [folder / "transformer"]
+            files = sorted((folder / component).glob("*.safetensors")) or [folder / component]
         if not files[0].is_file():
             raise FileNotFoundError(f"there are no weights of this policy at {files[0]}")
         saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -483,27 +500,17 @@ def add_lora(network: Any, settings: LoraSettings, targets: Sequence[str], seed:
                 p.data.copy_(normals([generator(seed, "lora", name)], p.shape)[0] / settings.rank)
 
 
-def _names(prompts: Prompts) -> list[tuple[int, int]]:
-    return list(zip(prompts.group.tolist(), prompts.member.tolist(), strict=True))
+def read_picture(file: str, height: int, width: int) -> Tensor:
+    """A picture file as [3, height, width] in [0, 1], its middle scaled to fill that size."""
+    from PIL import Image, ImageOps
 
-
-def _leaders(prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """The first row of each group, and for every row the place of its group among them."""
-    first: dict[int, int] = {}
-    groups = prompts.group.tolist()
-    for i, group in enumerate(groups):
-        text, own = prompts.text[first.setdefault(group, i)], prompts.text[i]
-        if text != own:
-            raise ValueError(f"group {group} shares its noise but not its prompt: {text!r} and {own!r}")
-    place = {group: k for k, group in enumerate(first)}
-    return torch.tensor([*first.values()]), torch.tensor([place[group] for group in groups])
-
-
-def _distinct(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each distinct state first occurs, by rising state, and the place of every entry's state there."""
-    values, inverse = torch.unique(state, return_inverse=True)
-    places = torch.arange(len(state))
-    return torch.full_like(values, len(state)).scatter_reduce(0, inverse, places, "amin"), inverse
+    try:
+        with Image.open(file) as picture:
+            fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+    pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(height, width, 3).permute(2, 0, 1).float() / 255
 
 
 def _on_latent(mask: Tensor, site: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from mmalign.pipelines.flow import DTYPES, Condition, guided
 class SD3:
     """Adapter of `StableDiffusion3Pipeline`, equal to it in texts, schedule, guidance and decoding."""
 
+    component = "transformer"
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -125,3 +126,9 @@ class SD3:
         latents = latents / vae.config.scaling_factor + vae.config.shift_factor
         images: Tensor = vae.decode(latents, return_dict=False)[0]
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def latents(self, media: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        mean = vae.encode(media * 2 - 1).latent_dist.mean
+        latents: Tensor = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        return latents

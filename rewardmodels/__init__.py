@@ -10,17 +10,20 @@ from difflib import get_close_matches
 from importlib import import_module, invalidate_caches
 from typing import Any
 
-from mmalign.contracts import RewardModel
+from mmalign.contracts import PairwiseReward, Reward
 
 REWARDS = {
     "conse": "mmalign.rewardmodels.conse:ConSE",
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
+    "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
+    "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
+    "preference": "mmalign.rewardmodels.preference:Preference",
 }
 
 
-def load(name: str, /, **settings: Any) -> RewardModel:
+def load(name: str, /, **settings: Any) -> Reward:
     """The reward of that name, made with these settings.
 
     name: one of `REWARDS`, or the path of a class, `my_pkg.my_reward:MyReward`. Its module is looked for
@@ -34,7 +37,8 @@ def load(name: str, /, **settings: Any) -> RewardModel:
     kind = _find(REWARDS.get(name, name))
     _check_settings(name, kind, settings)
     reward = kind(**settings)
-    if not callable(reward) or not isinstance(getattr(reward, "name", None), str):
+    pairwise = isinstance(reward, PairwiseReward)
+    if not (pairwise or callable(reward)) or not isinstance(getattr(reward, "name", None), str):
         raise TypeError(
             f"{name}: a reward has a name (str) and is called with an outcome, "
             f"def __call__(self, outcome: Outcome) -> RewardSignal; {type(reward).__name__} is not like that"

@@ -62,14 +62,20 @@ class ConSE:
 
     @torch.no_grad()
     def __call__(self, outcome: Outcome) -> RewardSignal:
-        images: Tensor = pictures(self.name, outcome)
+        cosine, seen = self._judge(pictures(self.name, outcome), texts(outcome))
+        return RewardSignal(self.name, cosine[:, None], details=[{"seen": told} for told in self.told(seen)])
+
+    def differentiate(self, outcome: Outcome) -> Tensor:
+        """The cosine [B * views]; gradients reach the media through the same preprocessing."""
+        return self._judge(pictures(self.name, outcome, graph=True), texts(outcome))[0]
+
+    def _judge(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The cosine [B] and the probabilities of the classes [B, 1000]."""
         self._move(images.device)
         size = CPU_BATCH if images.device.type == "cpu" else self.batch
         seen = torch.cat([self.classify(part) for part in torch.split(images, size)])
-        cosine = (blend(seen, self._classes, self.top) * self.embed(texts(outcome))).sum(1, keepdim=True)
-        return RewardSignal(self.name, cosine, details=[{"seen": told} for told in self.told(seen)])
+        return (blend(seen, self._classes, self.top) * self.embed(prompts)).sum(1), seen
 
-    @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor:
         """Probability of every class [B, 1000] for pictures [B, 3, H, W] in [0, 1]."""
         seen = view(images).to(DTYPES[self.precision], memory_format=torch.channels_last)

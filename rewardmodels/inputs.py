@@ -10,9 +10,15 @@ from mmalign.records import Outcome
 OUTSIDE = 1e-3  # how far a pixel may lie outside of [0, 1]: rounding, not another scale
 
 
-def pictures(name: str, outcome: Outcome, device: str | torch.device | None = None) -> Tensor:
-    """The pictures of an outcome, float32 [B * views, 3, H, W], on `device` (None: where they are)."""
-    return _checked(name, outcome, device, ndim=4, shape="[samples, 3, height, width]")
+def pictures(
+    name: str, outcome: Outcome, device: str | torch.device | None = None, graph: bool = False
+) -> Tensor:
+    """The pictures of an outcome, float32 [B * views, 3, H, W], on `device` (None: where they are).
+
+    graph: keep the graph that they come with, for rewards that are differentiated.
+    """
+    found = _checked(name, outcome, device, ndim=4, shape="[samples, 3, height, width]")
+    return found if graph else found.detach()
 
 
 def frames(name: str, outcome: Outcome, device: str | torch.device | None = None) -> Tensor:
@@ -20,7 +26,7 @@ def frames(name: str, outcome: Outcome, device: str | torch.device | None = None
     if isinstance(outcome.media, Tensor) and outcome.media.ndim == 4:
         return pictures(name, outcome, device)[:, None]
     shape = "[samples, 3, height, width] or [samples, frames, 3, height, width]"
-    return _checked(name, outcome, device, ndim=5, shape=shape)
+    return _checked(name, outcome, device, ndim=5, shape=shape).detach()
 
 
 def texts(outcome: Outcome) -> list[str]:
@@ -41,8 +47,9 @@ def _checked(name: str, outcome: Outcome, device: str | torch.device | None, ndi
         raise ValueError(f"{name}: the prompts ask for {rows} pictures (samples x views), got {len(media)}")
     if not media.is_floating_point():
         raise ValueError(f"{name}: pixels must be floats in [0, 1], got {media.dtype}; divide by 255")
-    media = media.detach().to(device=device, dtype=torch.float32)
-    low, high = torch.stack([media.flatten(1).amin(1), media.flatten(1).amax(1)]).cpu()
+    media = media.to(device=device, dtype=torch.float32)
+    flat = media.detach().flatten(1)
+    low, high = torch.stack([flat.amin(1), flat.amax(1)]).cpu()
     if broken := int((~torch.isfinite(low + high)).sum()):
         raise ValueError(
             f"{name}: {broken} of {len(media)} pictures have NaN or infinite pixels; decode them in fp32, "

@@ -7,14 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from known import TWO, Judge, policy_of
+from known import source as known_source
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
 
+from mmalign.algorithms.awm import AWM
+from mmalign.algorithms.branch_grpo import BranchGRPO
+from mmalign.algorithms.crd import CRD
+from mmalign.algorithms.dance_grpo import DanceGRPO
+from mmalign.algorithms.ddpo import DDPO
+from mmalign.algorithms.dense_grpo import DenseGRPO
+from mmalign.algorithms.dgpo import DGPO
+from mmalign.algorithms.diffusion_dpo import DiffusionDPO
+from mmalign.algorithms.diffusion_nft import DiffusionNFT
+from mmalign.algorithms.distill import Distill
+from mmalign.algorithms.draft import DRaFT
+from mmalign.algorithms.flow_dppo import FlowDPPO
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
+from mmalign.algorithms.g2rpo import G2RPO
+from mmalign.algorithms.gardo import GARDO
+from mmalign.algorithms.grpo_guard import GRPOGuard
+from mmalign.algorithms.mix_grpo import MixGRPO
+from mmalign.algorithms.pref_grpo import PrefGRPO
+from mmalign.algorithms.refl import ReFL
+from mmalign.algorithms.srpo import SRPO
+from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
+from mmalign.algorithms.trajectory_balance import TrajectoryBalance
 from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
-from mmalign.records import Outcome, RewardSignal
+from mmalign.records import Outcome, Prompts, Renoise, RewardSignal
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
 from mmalign.trainer import Trainer, TrainingSettings
@@ -29,14 +52,102 @@ class Patchy(Brightness):
         return RewardSignal(self.name, torch.where(names[:, None] % 5 == 0, torch.nan, signal.values))
 
 
+class Brighter:
+    """Prefers the brighter picture."""
+
+    def __init__(self, both_orders: bool = True) -> None:
+        self.name, self.both_orders = "brightness", both_orders
+
+    def prefer(self, prompts: Prompts, first: Tensor, second: Tensor) -> Tensor:
+        return ((first.mean((1, 2, 3)) - second.mean((1, 2, 3))).sign() + 1) / 2
+
+
+TWICE, ALIKE = Renoise(2), Renoise(2, shared=True)
 FULL = FlowGRPO(steps=4, clip=1e-2, kl=0.1)
 FAST = FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7))
+THROUGH = {"refl": ReFL(steps=5), "draft": DRaFT(steps=5, last=2), "srpo": SRPO(steps=5, margin=9.0)}
+DANCE = DanceGRPO(steps=5, keep=2, clip=1e-2, noise=Noise("dance", 0.7))
+MIX = MixGRPO(steps=6, width=2, interval=1, rate=0.5, clip=1e-2)
+GUARD = GRPOGuard(steps=4, clip=1e-2)
+DPPO = FlowDPPO(steps=6, delta=1e-6, share_noise=True, kl=0.1)
+GATED = GARDO(steps=4, clip=1e-2, kl=0.5, share=0.2, reset_every=2)
 SCENARIOS: dict[str, dict[str, Any]] = {
     "groups whole on a rank": {"algorithm": FULL, "groups": 4, "members": 4},
     "groups split across ranks": {"algorithm": FULL, "groups": 3, "members": 6, "updates": 3},
     "updates that not all ranks take part in": {"algorithm": FULL, "groups": 4, "members": 4, "updates": 4},
     "shared noise, split": {"algorithm": FAST, "groups": 3, "members": 4, "updates": 1},
+    "singular actions, split": {
+        "algorithm": G2RPO(steps=6, trained=(0, 2), strides=(1, 2), clip=1e-2),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+    },
+    "branches of two starts": {
+        "algorithm": TempFlowGRPO(steps=5, starts=2, width=2, clip=1e-2),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+    },
+    "a tree, pruned and split": {
+        "algorithm": BranchGRPO(steps=5, splits=(0, 1), width="top", depth=3, depth_stop=3, clip=1e-2),
+        "groups": 3,
+        "members": 4,
+        "updates": 1,
+        "reward": Patchy(),
+    },
+    "gains of steps": {"algorithm": DenseGRPO(steps=4, clip=1e-2), "groups": 3, "members": 4, "updates": 1},
+    "steps of DDIM without a clip": {
+        "algorithm": DDPO(steps=4, clip=None, kl=0.1),
+        "groups": 4,
+        "members": 4,
+    },
+    "best of n, a part of the steps": {"algorithm": DANCE, "groups": 3, "members": 6, "updates": 1},
+    "a moving window, second order after it": {"algorithm": MIX, "groups": 3, "members": 4, "updates": 1},
+    "guarded ratios": {"algorithm": GUARD, "groups": 3, "members": 4, "updates": 3},
+    "masked by divergence": {"algorithm": DPPO, "groups": 3, "members": 4, "updates": 3},
+    "a gated pull and a reference that moves": {"algorithm": GATED, "groups": 3, "members": 4, "updates": 1},
     "missing verdicts": {"algorithm": FULL, "groups": 4, "members": 4, "reward": Patchy()},
+    "noised again": {"algorithm": DiffusionNFT(steps=3, renoise=TWICE), "groups": 4, "members": 4},
+    "ratio of a sample": {
+        "algorithm": AWM(steps=3, renoise=TWICE, ratio="sample"),
+        "groups": 3,
+        "members": 4,
+        "updates": 3,
+    },
+    "halves of a group, split": {
+        "algorithm": DGPO(steps=3, renoise=ALIKE, live_until=1),
+        "groups": 3,
+        "members": 6,
+        "updates": 3,
+    },
+    "centered, missing verdicts": {
+        "algorithm": CRD(steps=3, renoise=TWICE, kl_guidance=None),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+        "reward": Patchy(),
+    },
+    "best and worst, split": {
+        "algorithm": DiffusionDPO(steps=3, renoise=ALIKE),
+        "groups": 3,
+        "members": 4,
+        "updates": 1,
+    },
+    "judge of pairs": {
+        "algorithm": PrefGRPO(steps=3, clip=1e-2),
+        "groups": 4,
+        "members": 3,
+        "reward": Brighter(),
+    },
+    "judge of pairs, split": {
+        "algorithm": PrefGRPO(steps=3, clip=1e-2),
+        "groups": 3,
+        "members": 4,
+        "updates": 1,
+        "reward": Brighter(both_orders=False),
+    },
+    "taught": {"algorithm": Distill(steps=3), "groups": 3, "members": 4, "updates": 1},
+    "balance": {"algorithm": TrajectoryBalance(steps=3), "groups": 3, "members": 4, "updates": 1},
 }
 
 
@@ -55,12 +166,23 @@ def tiny(folder: Path, distributed: Distributed) -> dict[str, Any]:
     return kept(policy, notes, distributed)
 
 
+def through(method: str, distributed: Distributed) -> dict[str, Any]:
+    """Three iterations of a method that differentiates through its reward, on a mixture of Gaussians."""
+    algorithm = THROUGH[method].build({"value": 1.0})
+    policy, notes = policy_of(TWO, algorithm.noise), Notes()
+    settings = TrainingSettings(iterations=3, learning_rate=1e-2, batch=5, updates=2)
+    scorer = Scorer([Judge(lambda x: x[:, 0])])
+    Trainer(policy, algorithm, scorer, known_source(4, groups=4), settings, distributed, notes).run()
+    return kept(policy, notes, distributed)
+
+
 def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     """Three iterations; gives the metrics, the rollouts and the weights."""
     given = SCENARIOS[scenario]
     rewards = [Redness(), given.get("reward", Brightness())]
-    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.5})
-    policy, notes = ToyFlow(given["algorithm"].noise), Notes()
+    watched = isinstance(given["algorithm"], GARDO)
+    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.0 if watched else 0.5})
+    policy, notes = ToyFlow(algorithm.noise), Notes()
     settings = TrainingSettings(
         iterations=3, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5
     )
@@ -97,6 +219,7 @@ if __name__ == "__main__":
     world = Distributed("cpu")
     found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
     found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
+    found |= {method: through(method, world) for method in THROUGH}
     found["tiny"] = tiny(Path(sys.argv[2]), world)
     torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
     world.close()

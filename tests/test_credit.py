@@ -19,6 +19,7 @@ from mmalign.credit import (
     center,
     fold,
     leave_one_out,
+    outermost,
     per_action,
     per_sample,
     rank,
@@ -312,8 +313,8 @@ def split(
             [
                 values.double()[order],
                 torch.ones(len(order), values.shape[1], dtype=torch.int64),
-                torch.zeros(len(order), dtype=torch.int64),
-                credit.weigh(whole).sum(1)[order],
+                torch.zeros(len(order), 3, dtype=torch.int64),
+                credit.weigh(whole)[order],
             ]
         )
         peers._gather = lambda _, answers=answers: next(answers)  # type: ignore[misc]
@@ -371,3 +372,19 @@ def test_rewards_and_weights_must_have_the_same_names():
         credited(column(1, 2), Credit({"r": 1.0, "x": 1.0}), groups=1)
     with pytest.raises(ValueError, match="weight other than 0"):
         credited(column(1, 2), Credit({"r": 0.0}), groups=1)
+
+
+def test_the_best_and_the_worst_of_each_group_are_chosen_exactly():
+    score = torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 0.0, 9.0, 7.0, 8.0])
+    group = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1])
+    counted = torch.tensor([True, True, True, True, True, False, True, True, True])
+    chosen = outermost(score, counted, group, 1)
+    assert chosen.tolist() == [False, True, False, True, False, False, True, True, False]
+    two = outermost(score, counted, group, 2)
+    assert two.tolist() == [False, True, True, True, True, False, True, True, True]
+    assert torch.equal(outermost(score, counted, group, 9), counted)
+
+
+def test_equal_scores_still_leave_as_many_as_were_asked_for():
+    chosen = outermost(torch.zeros(6), torch.ones(6, dtype=torch.bool), torch.zeros(6).long(), 2)
+    assert chosen.tolist() == [True, True, False, False, True, True]

@@ -37,7 +37,7 @@ class Painter:
     def __init__(self, brightness=0.0):
         self.forwards, self.brightness = Forwards(), brightness
 
-    def images(self, prompts, steps, key, guidance=None):
+    def images(self, prompts, steps, key, guidance=None, tuned=1.0):
         self.forwards.sample += len(prompts) * steps
         names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
         drawn = [torch.rand(3, 16, 16, generator=generator(*key, *name)) for name in names]

@@ -27,7 +27,7 @@ ONLY_BY = {
     r"mmalign\.pipelines": (rf"mmalign\.pipelines\b.*|{EDGE}", "the core meets policies as objects"),
     r"mmalign\.rewardmodels": (f"{REWARDS}|{EDGE}", "the core meets rewards as objects"),
     r"mmalign\.algorithms": (EDGE, "methods do not know each other, and the loop knows none"),
-    r"mmalign\.lab": (r"mmalign\.(lab\b.*|rewardmodels\.lab)", "the core does not know the lab"),
+    r"mmalign\.lab": (r"mmalign\.(lab\b.*|rewardmodels\.lab\w*)", "the core does not know the lab"),
     EDGE: (rf"{EDGE}|mmalign\.(benchmark|__main__)", "what puts a run together is imported by nobody inside"),
     r"pipelines|rewardmodels": (
         r"nobody",
@@ -38,14 +38,22 @@ ONLY_BY = {
 # Modules -> all that they may import of this project, and why.
 ONLY_FROM = {
     r"mmalign\.(records|copies|randomness)": (r"nothing", "it is the innermost"),
-    r"mmalign\.sde": (r"mmalign\.records", "it is arithmetic"),
+    r"mmalign\.(sde|solvers)": (r"mmalign\.(records|sde)", "it is arithmetic"),
     r"mmalign\.contracts": (r"mmalign\.(copies|records)", "contracts speak of records"),
-    r"mmalign\.(credit|objectives|plans|updates)": (
+    r"mmalign\.(credit|gradients|objectives|plans|updates)": (
         r"mmalign\.(contracts|copies|randomness|records|sde)",
         "a method's parts know the contracts, not the loop",
     ),
+    r"mmalign\.rollout": (
+        r"mmalign\.(contracts|randomness|records|sde|solvers)",
+        "it follows a plan, whatever the network",
+    ),
+    r"mmalign\.(coupling|forward_process|pairwise)": (
+        r"mmalign\.(contracts|copies|coupling|credit|objectives|randomness|records|sde)",
+        "what methods share knows the contracts, not the loop",
+    ),
     r"mmalign\.pipelines\b.*": (
-        r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|sde)",
+        r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|rollout|sde)",
         "a pipeline knows no reward, no credit and no loop",
     ),
     r"mmalign\.rewardmodels\b.*": (

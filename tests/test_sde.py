@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -9,10 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from mmalign.sde import Noise, Transition, euler, log_prob, transition
+from mmalign.sde import Kind, Noise, Transition, euler, log_prob, transition
 
 T, U = 0.8, 0.7  # the step of the reference values
-KINDS = [Noise("flow", 0.7), Noise("dance", 0.3), Noise("cps", 0.8)]
+KINDS = [
+    *(Noise("flow", 0.7), Noise("dance", 0.3), Noise("sage", 0.7)),
+    *(Noise("cps", 0.8), Noise("precise", 0.7), Noise("precise", 1.5), Noise("dance_precise", 0.3)),
+]
+
+
+def named(noise: Noise) -> str:
+    return f"{noise.kind}-{noise.level}"
+
+
 UNSCALED = Noise("cps", 0.8, density="unscaled")
 
 
@@ -43,12 +53,43 @@ def coefficients(
         (Noise("flow", 0.7), 0.8775, -0.1245, 0.442719),
         (Noise("dance", 0.3), 0.994375, -0.101125, 0.094868),
         (Noise("cps", 0.8), 0.3 + 0.216312, -0.24 + 0.2 * 0.216312, 0.665740),
+        (Noise("precise", 0.7), 0.3 + 0.613405, -0.24 + 0.2 * 0.613405, 0.337244),
+        (Noise("precise", 1.0), 0.3 + 0.534634, -0.24 + 0.2 * 0.534634, 0.451848),
+        (
+            Noise("dance_precise", 0.3),
+            0.3 + math.sqrt(0.49 - 0.088386**2),
+            -0.24 + 0.2 * math.sqrt(0.49 - 0.088386**2),
+            0.088386,
+        ),
     ],
     ids=lambda value: value.kind if isinstance(value, Noise) else "",
 )
 def test_one_step_has_the_published_coefficients(noise, of_x, of_v, std):
     found = coefficients(noise, T, U)
     assert found == pytest.approx((of_x, of_v, std), abs=1e-6)
+
+
+def test_other_published_deviations():
+    assert coefficients(Noise("precise", 1.5), T, U)[2] == pytest.approx(0.586757, abs=1e-6)
+    assert coefficients(Noise("sage", 0.7), T, U)[2] == pytest.approx(0.386882, abs=1e-6)
+    # The second step of ten with shift 3, 27/28 to 12/13.
+    assert coefficients(Noise("sage", 0.7), 27 / 28, 12 / 13)[2] == pytest.approx(0.5965, abs=1e-4)
+    assert coefficients(Noise("flow", 0.7), 27 / 28, 12 / 13)[2] == pytest.approx(0.7384, abs=1e-4)
+
+
+@pytest.mark.parametrize("noise", KINDS, ids=named)
+@pytest.mark.parametrize(("sigma", "sigma_next"), [(T, U), (1.0, 0.9), (0.1, 0.02), (0.5, 0.0)])
+def test_the_slope_is_how_the_mean_moves_against_the_velocity(noise, sigma, sigma_next):
+    one = torch.zeros(1, 1, dtype=torch.float64)
+    step = transition(one, one, scalar(sigma), scalar(sigma_next), noise, 0.9)
+    _, of_v, std = coefficients(noise, sigma, sigma_next)
+    assert float(step.slope) == pytest.approx(-of_v, rel=1e-12)
+    if noise.kind in ("cps", "precise", "dance_precise"):
+        kept = math.sqrt(sigma_next**2 - std**2)
+        assert of_v == pytest.approx(-sigma * (1 - sigma_next) + (1 - sigma) * kept, abs=1e-9)
+    else:
+        by_hand = sigma - sigma_next + std**2 * (1 - sigma) / (2 * sigma)
+        assert float(step.slope) == pytest.approx(by_hand, rel=1e-12)
 
 
 def test_flow_uses_its_g_of_one_point_four_at_the_reference_step():
@@ -94,15 +135,71 @@ def test_dance_is_the_same_written_with_the_score(sigma, share, eta):
     assert_close(step.mean, x - d * v + eta**2 / 2 * score * d)
 
 
-@given(sigma=st.floats(0.05, 1.0), share=st.floats(0.05, 0.95), eta=st.floats(0.0, 1.0))
-def test_cps_keeps_the_coefficients_of_the_schedule(sigma, share, eta):
+@given(
+    sigma=st.floats(0.05, 1.0),
+    share=st.just(0.0) | st.floats(1e-6, 0.95),
+    eta=st.floats(0.0, 1.0),
+    kind=st.sampled_from(["cps", "precise", "dance_precise"]),
+)
+def test_three_kinds_keep_the_coefficients_of_the_schedule(sigma, share, eta, kind):
     sigma_next = sigma * share
     x, v = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     clean, noise = x - sigma * v, x + (1 - sigma) * v
-    step = transition(x, v, scalar(sigma), scalar(sigma_next), Noise("cps", eta), 0.9)
+    step = transition(x, v, scalar(sigma), scalar(sigma_next), Noise(kind, eta), 0.9)
     kept = (step.mean - (1 - sigma_next) * clean) / noise
-    assert_close(kept, torch.full_like(kept, sigma_next * math.cos(eta * math.pi / 2)))
-    assert_close(kept**2 + step.std**2, torch.full_like(kept, sigma_next**2))
+    with_noise = {
+        "cps": lambda: math.cos(eta * math.pi / 2),
+        "precise": lambda: (sigma_next * (1 - sigma) / (sigma * (1 - sigma_next))) ** (eta**2 / 2),
+        "dance_precise": lambda: math.exp(eta**2 / 2 * (1 / sigma - 1 / sigma_next)) if share else 0.0,
+    }
+    assert_close(kept, torch.full_like(kept, sigma_next * with_noise[kind]()), atol=1e-9, rtol=1e-6)
+    assert_close(kept**2 + step.std**2, torch.full_like(kept, sigma_next**2), atol=1e-9, rtol=1e-6)
+
+
+def test_precise_at_root_two_is_the_posterior_of_ddpm():
+    """x_u given x_t and x0, where x_t = (1 - t) x0 + t e is a Markov chain in t."""
+    sigma, sigma_next = T, U
+    ratio = (1 - sigma) / (1 - sigma_next)  # x_t = ratio x_u + fresh noise of this variance
+    fresh = sigma**2 - ratio**2 * sigma_next**2
+    variance = fresh * sigma_next**2 / sigma**2
+    of_xt, of_x0 = ratio * sigma_next**2 / sigma**2, (1 - sigma_next) * fresh / sigma**2
+    of_x, of_v, std = coefficients(Noise("precise", math.sqrt(2)), sigma, sigma_next)
+    assert std**2 == pytest.approx(variance, rel=1e-12)
+    assert (of_x, of_v) == pytest.approx((of_xt + of_x0, -sigma * of_x0), rel=1e-12)
+
+
+def test_the_first_step_of_precise_redraws_all_noise_and_keeps_the_clean_estimate():
+    x, v = torch.randn(2, 3, 5)
+    step = transition(x, v, torch.tensor(1.0), torch.tensor(0.9), Noise("precise", 0.7), 0.9)
+    assert_close(step.std, torch.tensor(0.9))
+    assert_close(step.mean, 0.1 * (x - v))
+
+
+@pytest.mark.parametrize("kind", ["precise", "dance_precise", "sage"])
+@given(sigma=st.floats(0.1, 0.95), level=st.floats(0.1, 1.5))
+def test_small_steps_have_the_noise_rate_of_the_equation_that_they_integrate(kind, sigma, level):
+    like = "dance" if kind == "dance_precise" else "flow"
+    deviations = [coefficients(Noise(k, level), sigma, sigma * (1 - 1e-5))[2] for k in (kind, like)]
+    assert deviations[0] / deviations[1] == pytest.approx(1, abs=2e-3)
+
+
+@given(sigma=st.floats(0.05, 0.95), share=st.floats(0.0, 0.95), between=st.floats(0.1, 0.9))
+def test_sage_adds_up_over_parts_of_a_step_and_is_below_flow(sigma, share, between):
+    sage, after = Noise("sage", 0.7), sigma * share
+    middle = after + between * (sigma - after)
+    variances = [coefficients(sage, *ends)[2] ** 2 for ends in ((sigma, middle), (middle, after))]
+    whole = coefficients(sage, sigma, after)[2]
+    assert sum(variances) == pytest.approx(whole**2, rel=1e-9)
+    assert whole < coefficients(Noise("flow", 0.7), sigma, after)[2]
+
+
+def test_sage_at_the_guard_integrates_what_flow_takes_at_its_upper_end():
+    level, guard, after = 0.7, 0.9, 0.8
+    found = coefficients(Noise("sage", level), 1.0, after, guard)[2] ** 2
+    fine = torch.linspace(after, 1, 100_001, dtype=torch.float64)
+    rate = level**2 * fine / (1 - fine.clamp(max=guard))
+    assert found == pytest.approx(float(torch.trapezoid(rate, fine)), rel=1e-7)
+    assert found < coefficients(Noise("flow", level), 1.0, after, guard)[2] ** 2
 
 
 def test_cps_at_level_one_redraws_all_noise():
@@ -143,6 +240,9 @@ TABLE = [
     (Noise("dance", 0.3), 0.787, 0.942, 0.999),
     (Noise("cps", 0.5), 0.677, 0.802, 0.851),
     (Noise("cps", 0.8), 0.524, 0.611, 0.652),
+    (Noise("precise", 0.7), 0.741, 0.926, 0.998),
+    (Noise("precise", 1.5), 0.635, 0.880, 0.997),
+    (Noise("dance_precise", 0.3), 0.761, 0.931, 0.998),
 ]
 
 
@@ -152,15 +252,15 @@ def test_variance_of_a_gaussian_is_the_closed_form(noise, ten, forty, many):
     assert found == pytest.approx([ten, forty, many], abs=1e-3)
 
 
-def test_flow_and_dance_reach_the_data_law_and_cps_its_own_limit():
-    for noise in (Noise("flow", 0.7), Noise("flow", 1.0), Noise("dance", 0.3)):
+def test_all_but_cps_reach_the_data_law_and_cps_its_own_limit():
+    for noise in (*(noise for noise in KINDS if noise.kind != "cps"), Noise("flow", 1.0)):
         assert final_variance(noise, 2000) == pytest.approx(1, abs=5e-3)
     for eta in (0.5, 0.8):
         limit = (1 + math.cos(eta * math.pi / 2)) / 2
         assert final_variance(Noise("cps", eta), 2000) == pytest.approx(limit, abs=4e-3)
 
 
-@pytest.mark.parametrize("noise", KINDS, ids=lambda noise: noise.kind)
+@pytest.mark.parametrize("noise", KINDS, ids=named)
 def test_samples_have_the_variance_of_the_recursion(noise):
     steps, many = 100, 40_000
     sigmas = torch.linspace(1, 0, steps + 1)
@@ -182,7 +282,7 @@ def test_samples_have_the_variance_of_the_recursion(noise):
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
     sigma=st.floats(0.05, 1.0),
     share=st.floats(0, 0.95),
-    kind=st.sampled_from(["flow", "dance", "cps"]),
+    kind=st.sampled_from(get_args(Kind)),
     scale=st.floats(1e-3, 1e3),
 )
 def test_without_noise_a_step_is_the_euler_step_bit_for_bit(shape, sigma, share, kind, scale):
@@ -210,7 +310,7 @@ def test_guard_stands_under_the_square_root_alone():
     assert_close(step.mean, x - 0.1 * v - g**2 * 0.1 / 2 * x)  # 2 sigma is 2, e is x
 
 
-@pytest.mark.parametrize("noise", KINDS, ids=lambda noise: noise.kind)
+@pytest.mark.parametrize("noise", KINDS, ids=named)
 def test_the_guard_changes_no_other_step(noise):
     x, v = torch.randn(2, 2, 5)
     at, to = torch.tensor([0.95, 0.4]), torch.tensor([0.9, 0.3])
@@ -222,7 +322,7 @@ def test_the_guard_changes_no_other_step(noise):
 # ---- log-probability
 
 
-@pytest.mark.parametrize("noise", KINDS, ids=lambda noise: noise.kind)
+@pytest.mark.parametrize("noise", KINDS, ids=named)
 def test_log_prob_is_the_normal_density(noise):
     x, v, x_next = torch.randn(3, 4, 2, 3, 3)
     step = transition(x, v, torch.tensor(T), torch.tensor(U), noise, 0.9)
@@ -302,7 +402,7 @@ def test_rows_are_stepped_alone_and_replay_gives_the_same_log_prob(noise, shape,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("noise", [*KINDS, UNSCALED], ids=lambda noise: f"{noise.kind}-{noise.density}")
+@pytest.mark.parametrize("noise", [*KINDS, UNSCALED], ids=lambda noise: f"{named(noise)}-{noise.density}")
 def test_half_precision_inputs_are_computed_in_fp32(noise, dtype):
     x, v = (torch.randn(2, 4, 6) * 3).to(dtype)
     at, to = torch.tensor(T), torch.tensor(U)
@@ -320,7 +420,10 @@ def test_half_precision_inputs_are_computed_in_fp32(noise, dtype):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kind": "ddim"}, "noise.kind must be one of flow, dance, cps, got 'ddim'"),
+        (
+            {"kind": "euler"},
+            "noise.kind must be one of flow, dance, cps, precise, dance_precise, sage, ddim, got 'euler'",
+        ),
         ({"level": -0.1}, "noise.level must be 0 or more"),
         ({"level": math.nan}, "noise.level must be 0 or more"),
         ({"kind": "cps", "level": 1.2}, r"noise.level of cps must lie in \[0, 1\]"),

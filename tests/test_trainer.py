@@ -300,7 +300,7 @@ def test_pictures_that_are_nan_do_not_reach_the_gradient():
     class Blown(ToyFlow):
         def sample(self, prompts, plan, key):
             found = super().sample(prompts, plan, key)
-            for values in (found.outcome.media, found.log_prob, found.replay["x"], found.replay["next"]):
+            for values in (found.outcome.media, found.log_prob, found.replay["x"], found.replay["x_next"]):
                 values[3] = torch.nan
             return found
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import SCENARIOS, gathered, tiny, train
+from ranks import SCENARIOS, THROUGH, gathered, through, tiny, train
 from torch.testing import assert_close
 
 from mmalign.distributed import Distributed
@@ -99,6 +99,16 @@ def test_two_processes_learn_what_one_does(ranks, scenario):
             ):
                 assert math.isclose(first["metrics"][step][name], value, rel_tol=1e-3, abs_tol=1e-5), name
     assert second["metrics"] == {}
+
+
+@pytest.mark.parametrize("method", THROUGH)
+def test_two_processes_differentiate_through_a_reward_as_one_does(ranks, method):
+    one, (first, second) = through(method, Distributed("cpu")), [found[method] for found in ranks]
+    for name, weight in one["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        assert_close(first["weights"][name], weight, atol=2e-4, rtol=0)  # a step is 1e-2
+    rewards = [[m["reward/value"] for m in found["metrics"].values()] for found in (one, first)]
+    assert_close(*map(torch.tensor, rewards), atol=1e-4, rtol=0)
 
 
 def test_two_processes_train_a_real_pipeline_as_one_does(ranks, pipeline):

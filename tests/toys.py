@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
     Masks,
+    Noised,
     Outcome,
     Pick,
     Plan,
@@ -27,7 +28,8 @@ from mmalign.records import (
     Where,
     Whole,
 )
-from mmalign.sde import Noise, euler, log_prob, transition
+from mmalign.rollout import distinct, noise_again, retake, roll_out
+from mmalign.sde import Noise
 
 SHAPE = (4, 2, 2)  # of a latent; three of its channels are the picture
 
@@ -35,7 +37,7 @@ SHAPE = (4, 2, 2)  # of a latent; three of its channels are the picture
 class Velocity(nn.Module):
     """A small network that does the same arithmetic for a sample whatever batch it comes in.
 
-    To that end nothing is a matrix product, and a sample is 16 numbers, a multiple of any vector register.
+    To that end nothing is a matrix product, and transcendental functions are `exact`.
     """
 
     def __init__(self, width: int = 16, prompts: int = 8) -> None:
@@ -48,8 +50,17 @@ class Velocity(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         hidden = _times(x.flatten(1), self.first) + sigma[:, None] * self.time + self.text[text]
-        flat = _times(torch.tanh(hidden), self.last) + _times(x.flatten(1), self.frozen)
+        flat = _times(exact(torch.tanh, hidden), self.last) + _times(x.flatten(1), self.frozen)
         return flat.reshape(x.shape)
+
+
+def exact(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of every element that gives a sample the same in any batch.
+
+    The last elements of a tensor go through other instructions where they do not fill two vector registers,
+    which are 32 numbers at most: two samples of 16.
+    """
+    return function(torch.cat([x, x[-1:]]) if len(x) % 2 else x)[: len(x)]
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -68,60 +79,46 @@ class ToyFlow:
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
-        groups, members = prompts.group.tolist(), prompts.member.tolist()
-        names = [(g,) if plan.share_noise else (g, m) for g, m in zip(groups, members, strict=True)]
-        x = normals([generator(*key, "first", *name) for name in names], SHAPE)
-        streams = [generator(*key, "step", g, m) for g, m in zip(groups, members, strict=True)]
         text, sigmas = torch.tensor([int(t) for t in prompts.text]), torch.linspace(1, 0, plan.steps + 1)
-        kept: list[tuple[Tensor, ...]] = []
-        for i in range(plan.steps):
-            shared = plan.share_noise and (not plan.sde_steps or i <= plan.sde_steps[0])
-            state = (
-                prompts.group * 1000 + i if shared else (prompts.group * 1000 + prompts.member + 1) * 1000 + i
-            )
-            first, inverse = _distinct(state)
-            sigma, after = (sigmas[j].expand(len(prompts)) for j in (i, i + 1))
-            velocity = self.module(x[first], sigma[first], text[first])[inverse]
-            self.forwards.sample += len(first)
-            if i not in plan.sde_steps:
-                x = euler(x, velocity, sigma, after)
-                continue
-            step = transition(x, velocity, sigma, after, self.noise, sigmas[1])
-            y = step.mean + step.std * normals(streams, SHAPE)
-            kept.append((x, y, sigma, after, state, log_prob(y, step, self.noise, self.dims)))
-            x = y
-        names_ = ("x", "next", "sigma", "sigma_next", "state", "log_prob")
-        replay = {
-            name: torch.stack(found, 1) for name, found in zip(names_, zip(*kept, strict=True), strict=True)
-        }
+
+        def velocity(x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
+            self.forwards.sample += len(x)
+            found: Tensor = self.module(x, sigma, text[sample])
+            return found
+
+        rolled = roll_out(prompts, plan, key, sigmas, SHAPE, self.noise, self.dims, velocity)
+        latents = torch.stack([view.x[view.row] for view in rolled.views], 1).flatten(0, 1)
+        media = exact(torch.sigmoid, 2 * latents)
+        replay = noise_again(prompts, latents, plan.renoise, sigmas, key) if plan.renoise else rolled.actions
         replay |= {"text": text, "guard": sigmas[1].expand(len(prompts))}
-        likely = replay.pop("log_prob")
-        media = torch.sigmoid(2 * x)[:, :3]
-        return Trajectory(
-            Outcome(prompts, media), likely, torch.ones(likely.shape[:2], dtype=torch.bool), replay
-        )
+        likely = replay.pop("log_prob", torch.zeros(len(prompts), plan.actions))
+        mask = torch.ones(len(prompts), plan.actions, dtype=torch.bool)
+        if plan.learned is not None:
+            mask &= torch.tensor([step in plan.learned for step in plan.sde_steps])
+        outcome = Outcome(prompts, media[:, :3], plan.views)
+        return Trajectory(outcome, likely, mask, replay, plan, sigmas)
 
     def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
-        columns = trajectory.mask.shape[1]
-        row, column = rows.repeat_interleave(columns), torch.arange(columns).repeat(len(rows))
-        state = torch.unique(trajectory.replay["state"][row, column], return_inverse=True)[1]
-        for first in range(0, int(state.max()) + 1, size):
+        place, column = trajectory.mask[rows].nonzero(as_tuple=True)
+        row = rows[place]
+        state = distinct(trajectory.replay["state"][row, column])[1]
+        for first in range(0, int(state.max()) + 1 if len(state) else 0, size):
             inside = (state >= first) & (state < first + size)
             yield Pick(row[inside], column[inside])
 
-    def evaluate(self, trajectory: Trajectory, pick: Pick) -> Evaluation:
+    def evaluate(self, trajectory: Trajectory, pick: Pick, guidance: float | None = None) -> Evaluation:
         at, replay = (pick.rows, pick.columns), trajectory.replay
-        x, sigma = replay["x"][at], replay["sigma"][at]
-        first, inverse = _distinct(replay["state"][at])
-        velocity = self.module(x[first], sigma[first], replay["text"][pick.rows][first])[inverse]
+        first, inverse = distinct(replay["state"][at])
+        x, sigma, text = replay["x"][at], replay["sigma"][at], replay["text"][pick.rows]
+        velocity = self.module(x[first], sigma[first], text[first])[inverse]
         if torch.is_grad_enabled():
             self.forwards.train += len(first)
         else:
             self.forwards.reference += len(first)
-        guard = replay["guard"][pick.rows]
-        step = transition(x, velocity, sigma, replay["sigma_next"][at], self.noise, guard)
-        likely = log_prob(replay["next"][at], step, self.noise, self.dims)
-        return Evaluation(likely, step.mean, step.std, velocity, step.step)
+        if "clean" in replay:
+            noised = Noised(x, replay["clean"][pick.rows], sigma.reshape(-1, 1, 1, 1))
+            return Evaluation(trajectory.log_prob[at], velocity=velocity, noised=noised)
+        return retake(trajectory, pick, velocity, self.noise, self.dims)
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
         columns, sites = trajectory.log_prob.shape[1], trajectory.log_prob.shape[2:]
@@ -137,11 +134,8 @@ class ToyFlow:
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         torch.save(dict(state or self.module.state_dict()), folder / "toy.pt")
 
-
-def _distinct(state: Tensor) -> tuple[Tensor, Tensor]:
-    values, inverse = torch.unique(state, return_inverse=True)
-    first = torch.full_like(values, len(state)).scatter_reduce(0, inverse, torch.arange(len(state)), "amin")
-    return first, inverse
+    def load(self, folder: Path) -> None:
+        self.module.load_state_dict(torch.load(folder / "toy.pt", weights_only=True))
 
 
 @dataclass
@@ -171,6 +165,12 @@ class Brightness:
         values = outcome.media.mean(1).flatten(1)
         mask = torch.eye(4).reshape(1, 4, 1, 2, 2).expand(len(values), -1, -1, -1, -1)
         return RewardSignal(self.name, values, Unit.REGION, where=Masks(mask))
+
+
+def initial(prompts: Prompts, shape: Sequence[int], key: Key) -> Tensor:
+    """The noise that samples which share none start from, [B, *shape]."""
+    names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
+    return normals([generator(*key, "initial", 0, *name) for name in names], shape)
 
 
 def source(per_iteration: int = 4, group: int = 4, seed: int = 0) -> PromptSource:

@@ -109,4 +109,4 @@ def test_every_name_in_the_table_leads_to_a_method():
 
     for place in ALGORITHMS.values():
         module, name = place.split(":")
-        assert getattr(import_module(module), name)().build({"r": 1.0}).plans(0, 0)
+        assert getattr(import_module(module), name)().build({"r": 1.0, "watched": 0.0}).plans(0, 0)

@@ -1,6 +1,8 @@
 """The denoising loop: what a group shares, what is recorded, what it costs, and that replay agrees."""
 
+import contextlib
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,17 +10,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
+from toys import initial
 
 from mmalign.contracts import LoraSettings
-from mmalign.pipelines.flow import FlowPolicy, state_ids
+from mmalign.pipelines.flow import FlowPolicy
 from mmalign.records import Masks, Pick, Plan, Spans, Steps, Whole
-from mmalign.sde import Noise
+from mmalign.rollout import state_ids
+from mmalign.sde import Noise, euler
 from mmalign.testing import check_policy, prompts_of
 
 KEY = (0, "test", 3)
 TEXTS = ["a red cat", "two blue dogs on the left"]
 WINDOW = Plan(6, (1, 2, 3))
 SHARED = dataclasses.replace(WINDOW, share_noise=True)
+SINGULAR = Plan(5, (0, 2), True, (1, 2), starts=2, singular=True)
+TREE = Plan(4, (0, 1, 2), True, splits=(0, 2), correlation=1 / 17, learned=(1, 2))
+VALUES = Plan(4, (0, 1, 2), levels=(0.5, 0.7, 0.9), values=True)
 
 
 def everything(trajectory) -> Pick:
@@ -52,8 +59,16 @@ def stir(policy, scale=0.1) -> None:
         (Plan(5, (0, 1, 2, 3)), Noise("cps", 0.8, density="unscaled"), {"gradient_checkpointing": True}),
         (SHARED, Noise("flow", 0.7, reduction="mean"), {"by_site": True, "height": 16, "width": 24}),
         (Plan(4), Noise(), {}),
+        (SINGULAR, Noise(), {"guidance": 2.0}),
+        (TREE, Noise("dance", 0.3), {}),
+        (VALUES, Noise(), {}),
+        (Plan(5, (1, 3), True, noisy=(0, 2)), Noise("precise", 0.7), {}),
+        (Plan(7, (1, 2), True, tail=2), Noise("sage", 0.7), {"guidance": 2.0}),
     ],
-    ids=["window", "shared, guided", "completions, full", "all steps", "by site", "no action"],
+    ids=[
+        *("window", "shared, guided", "completions, full", "all steps", "by site", "no action"),
+        *("singular", "tree", "values", "part of the noise", "second order"),
+    ],
 )
 def test_the_policy_keeps_its_contract(make, prompts, plan, noise, more):
     check_policy(make(noise, **more), prompts, plan)
@@ -112,6 +127,29 @@ class Mute(FlowPolicy):
 def test_a_broken_policy_is_told_what_is_wrong(make, kind, message):
     with pytest.raises(AssertionError, match=message):
         check_policy(make(kind=kind), prompts_of(TEXTS, 2), Plan(3, (0, 1)))
+
+
+class Unrelated(FlowPolicy):
+    def sample(self, prompts, plan, key):
+        return super().sample(prompts, dataclasses.replace(plan, share_noise=False, splits=()), key)
+
+
+class Spendthrift(FlowPolicy):
+    def sample(self, prompts, plan, key):
+        self.forwards.sample += 1
+        return super().sample(prompts, plan, key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Unrelated, "members that share the action at step 0 have different log-probabilities of it"),
+        (Spendthrift, "sampling took 19 network rows, the plan 18, or twice that"),
+    ],
+)
+def test_a_policy_that_grows_another_tree_is_told_what_is_wrong(make, kind, message):
+    with pytest.raises(AssertionError, match=message):
+        check_policy(make(kind=kind), prompts_of(TEXTS, 4), TREE)
 
 
 def test_the_check_leaves_the_policy_as_it_was(make):
@@ -184,31 +222,34 @@ def _small(policy, shared):
     return _TRAJECTORIES[shared]
 
 
-@given(
-    a=st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**19 - 1), st.integers(0, 4095), st.booleans()),
-    b=st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**19 - 1), st.integers(0, 4095), st.booleans()),
-    near=st.booleans(),
-)
+STATE = st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**20 - 1), st.integers(0, 4095))
+
+
+@given(a=STATE, b=STATE, near=st.booleans())
 def test_states_are_equal_exactly_if_they_are_one(a, b, near):
     if near:
-        b = (a[0], b[1], a[2], a[3])
-    ids = [state_ids(torch.tensor([g]), torch.tensor([m]), s, shared).item() for g, m, s, shared in (a, b)]
-    same = a[0] == b[0] and a[2] == b[2] and a[3] == b[3] and (a[3] or a[1] == b[1])
-    assert (ids[0] == ids[1]) == same
+        b = (a[0], b[1], a[2])
+    ids = [state_ids(torch.tensor([g]), torch.tensor([m]), s).item() for g, m, s in (a, b)]
+    assert (ids[0] == ids[1]) == (a == b)
 
 
 def test_group_numbers_that_do_not_fit_a_state_are_refused():
     with pytest.raises(ValueError, match=r"group numbers must lie in 0\.\.2\^31 - 1"):
-        state_ids(torch.tensor([2**31]), torch.tensor([0]), 0, False)
+        state_ids(torch.tensor([2**31]), torch.tensor([0]), 0)
 
 
 # ---- what a group shares
 
 
-def test_the_gradient_of_a_shared_forward_is_the_sum_over_members(make, prompts):
+@pytest.mark.parametrize(
+    ("plan", "shared"),
+    [(SHARED, 2 * (1 + 3 * 2)), (SINGULAR, 2 * 2 * 2), (TREE, 2 * (2 + 2))],
+    ids=["window", "singular", "tree"],
+)
+def test_the_gradient_of_a_shared_forward_is_the_sum_over_members(make, prompts, plan, shared):
     policy = make()
     stir(policy)
-    trajectory = policy.sample(prompts, SHARED, KEY)
+    trajectory = policy.sample(prompts, plan, KEY)
     weight = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
     parameters = [p for p in policy.module.parameters() if p.requires_grad]
 
@@ -221,8 +262,9 @@ def test_the_gradient_of_a_shared_forward_is_the_sum_over_members(make, prompts)
 
     together = gradient(policy.picks(trajectory, torch.arange(6), 100))
     used = policy.forwards.train
-    alone = gradient(Pick(torch.tensor([r]), torch.tensor([c])) for r in range(6) for c in range(3))
-    assert (used, policy.forwards.train - used) == (2 * (1 + 3 * 2), 6 * 3)
+    every = everything(trajectory)
+    alone = gradient(Pick(r[None], c[None]) for r, c in zip(every.rows, every.columns, strict=True))
+    assert (used, policy.forwards.train - used) == (shared, len(every))
     for a, b in zip(together, alone, strict=True):
         assert_close(a, b, atol=1e-6, rtol=1e-5)
 
@@ -239,11 +281,11 @@ def test_members_part_at_the_first_action(shared_policy, prompts):
 
 
 def test_a_shared_start_and_independent_ones_follow_the_same_law_of_steps(shared_policy):
-    """A group of one is the same whether it shares or not, but for the name of its noise."""
+    """A group of one is the same whether it shares or not."""
     prompts = prompts_of(TEXTS, 1)
     alone, shared = (shared_policy.sample(prompts, plan, KEY) for plan in (WINDOW, SHARED))
-    assert_close(alone.log_prob, shared.log_prob, atol=1e-6, rtol=0)  # the same noise was drawn on the way
-    assert not torch.equal(alone.outcome.media, shared.outcome.media)  # from another start
+    assert torch.equal(alone.log_prob, shared.log_prob)
+    assert torch.equal(alone.outcome.media, shared.outcome.media)
 
 
 @pytest.mark.parametrize("plan", [WINDOW, SHARED, Plan(4, share_noise=True)], ids=["own", "shared", "ode"])
@@ -338,12 +380,76 @@ def test_every_completion_is_the_one_of_its_stride_alone(make, prompts):
     plan = Plan(7, (1, 2), strides=(1, 2, 3))
     together = policy.sample(prompts, plan, KEY)
     assert together.outcome.views == 3
-    # Three steps to the last action, one forward from there for all strides, then 3, 1 and 1 of their own.
-    assert policy.forwards.sample == 6 * (3 + 1 + 3 + 1 + 1)
+    # Three steps to the last action, two forwards from there for all strides, then 2, 1 and 0 of their own.
+    assert policy.forwards.sample == 6 * (3 + 2 + 2 + 1 + 0)
     for i, stride in enumerate(plan.strides):
         alone = policy.sample(prompts, dataclasses.replace(plan, strides=(stride,)), KEY)
         assert_close(together.outcome.media[i::3], alone.outcome.media, atol=1e-5, rtol=0)
         assert torch.equal(together.log_prob, alone.log_prob)
+
+
+def test_noise_that_is_no_action_is_drawn_all_the_same(make, prompts):
+    policy = make(Noise("dance", 0.5))
+    every = policy.sample(prompts, Plan(6, (0, 1, 2, 3, 4), True), KEY)
+    some = policy.sample(prompts, Plan(6, (1, 3), True, noisy=(0, 2, 4)), KEY)
+    assert torch.equal(some.outcome.media, every.outcome.media)
+    assert torch.equal(some.log_prob, every.log_prob[:, [1, 3]])
+    for name in ("x", "x_next", "mean", "sigma", "sigma_next"):
+        assert torch.equal(some.replay[name], every.replay[name][:, [1, 3]])
+    assert len(some.replay["state"].unique()) == 6 * 2  # members parted before the first action
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_steps_of_second_order_go_on_from_the_last_estimate_of_the_window(make, prompts, shared):
+    policy = make(guidance=2.0)
+    stir(policy)
+    trajectory = policy.sample(prompts, Plan(8, (1, 2), shared, tail=3), KEY)
+    groups, members = 2, 3
+    first = groups * 2 + groups * members if shared else groups * members * 3
+    assert policy.forwards.sample == 2 * (first + groups * members * 3)
+    last = Pick(torch.arange(6), torch.ones(6, dtype=torch.int64))
+    with torch.no_grad():
+        now = policy.evaluate(trajectory, last)
+    sigmas = policy._schedule(8)
+    before = (sigmas[2], trajectory.replay["x"][:, 1] - sigmas[2] * now.velocity)
+    x, texts = trajectory.replay["x_next"][:, 1], policy._texts(prompts.text, 2.0)
+    grid = torch.tensor([sigmas[3], sigmas[4].lerp(sigmas[5], 2 / 3), sigmas[6].lerp(sigmas[7], 1 / 3), 0.0])
+    for t, u in pairwise(grid):
+        v = policy._velocity(x, t.expand(6), texts, 2.0)
+        clean = x - t * v
+        if u > 0:
+            h, h_before = (((1 - b) / b).log() - ((1 - a) / a).log() for a, b in ((t, u), (before[0], t)))
+            guess = clean + (clean - before[1]) * h / (2 * h_before)
+        else:
+            guess = clean
+        x, before = u / t * x + (1 - u / t) * guess, (t, clean)
+    assert_close(policy._decode(x), trajectory.outcome.media, atol=1e-5, rtol=0)
+
+
+def test_a_tail_of_one_step_ends_at_the_clean_estimate_and_a_tail_from_noise_begins_as_euler(make, prompts):
+    policy = make()
+    stir(policy)
+    found = policy.sample(prompts, Plan(6, (0, 1), tail=1), KEY)
+    x, sigma = found.replay["x_next"][:, 1], policy._schedule(6)[2]
+    velocity = policy._velocity(x, sigma.expand(6), policy._texts(prompts.text, 1.0), 1.0)
+    assert_close(found.outcome.media, policy._decode(x - sigma * velocity), atol=1e-5, rtol=0)
+    two = policy.sample(prompts, Plan(2, tail=2), KEY).outcome.media
+    assert_close(two, policy.images(prompts, 2, KEY))  # Euler, then the last step
+
+
+def test_what_was_drawn_is_told_with_the_mean_that_it_was_drawn_around(make, prompts):
+    policy = make()
+    stir(policy)
+    trajectory = policy.sample(prompts, SHARED, KEY)
+    pick = everything(trajectory)
+    now = policy.evaluate(trajectory, pick)
+    assert_close(now.drawn.mean, now.mean, atol=1e-6, rtol=0)
+    assert torch.equal(now.drawn.x_next, trajectory.replay["x_next"].flatten(0, 1))
+    stir(policy)
+    later = policy.evaluate(trajectory, pick)
+    assert torch.equal(later.drawn.mean, now.drawn.mean)
+    moved = -later.slope * (later.velocity - now.velocity)
+    assert_close(later.mean - now.mean, moved, atol=1e-5, rtol=0)
 
 
 def test_images_are_what_the_plan_without_actions_samples(make, prompts):
@@ -352,6 +458,30 @@ def test_images_are_what_the_plan_without_actions_samples(make, prompts):
     off = make().images(prompts, 5, KEY)
     assert torch.equal(policy.images(prompts, 5, KEY, guidance=1.0), off)
     assert not torch.equal(policy.images(prompts, 5, KEY), off)
+
+
+def test_the_base_model_can_take_the_last_steps(make, prompts):
+    policy = make(guidance=2.0)
+    base = policy.images(prompts, 5, KEY)
+    stir(policy)
+    tuned = policy.images(prompts, 5, KEY)
+    assert torch.equal(policy.images(prompts, 5, KEY, tuned=1.0), tuned)
+    assert torch.equal(policy.images(prompts, 5, KEY, tuned=0.0), base)
+    mixed = policy.images(prompts, 5, KEY, tuned=0.6)  # three steps and two
+    assert not torch.equal(mixed, tuned)
+    assert not torch.equal(mixed, base)
+    x, texts, sigmas = (
+        initial(prompts, policy.shape, KEY),
+        policy._texts(prompts.text, 2.0),
+        policy._schedule(5),
+    )
+    for step in range(5):
+        with policy._base() if step >= 3 else contextlib.nullcontext():
+            x = euler(x, policy._velocity(x, sigmas[step].expand(6), texts, 2.0), *sigmas[step : step + 2])
+    assert_close(policy._decode(x), mixed)
+    assert torch.equal(policy.images(prompts, 5, KEY), tuned)  # the adapters are back
+    with pytest.raises(ValueError, match=r"tuned below 1 needs the base model"):
+        make(lora=LoraSettings(rank=0)).images(prompts, 2, KEY, tuned=0.5)
 
 
 # ---- parameters

@@ -8,6 +8,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from toys import initial
 
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.pipelines import load, pipeline_class
@@ -38,7 +39,7 @@ def both(policy, pipeline, texts=TEXTS, steps=5, **call) -> tuple[torch.Tensor, 
         num_inference_steps=steps,
         guidance_scale=settings.guidance,
         max_sequence_length=settings.max_sequence_length,
-        latents=policy._prior(prompts, False, KEY),
+        latents=initial(prompts, policy.shape, KEY),
         output_type="pt",
         **call,
     ).images
@@ -97,7 +98,7 @@ def same_embeddings(policy, pipeline, texts, steps) -> tuple[torch.Tensor, torch
         negative_pooled_prompt_embeds=negative["pooled"].expand_as(pooled),
         num_inference_steps=steps,
         guidance_scale=policy.settings.guidance,
-        latents=policy._prior(prompts_of(texts, 1), False, KEY),
+        latents=initial(prompts_of(texts, 1), policy.shape, KEY),
         output_type="pt",
     ).images
     return policy.images(prompts_of(texts, 1), steps, KEY), theirs
@@ -282,3 +283,23 @@ def test_a_policy_without_noise_has_no_actions(make):
     assert policy.sample(prompts, Plan(4), KEY).log_prob.shape == (4, 0)
     with pytest.raises(ValueError, match="zero SDE noise with an SDE algorithm"):
         policy.sample(prompts, Plan(4, (1,)), KEY)
+
+
+def test_latents_of_pictures_are_those_of_the_plain_image_to_image_pipeline(make, tiny):
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pipeline = StableDiffusion3Img2ImgPipeline(**plain(tiny).components)
+    posterior = pipeline.vae.encode(pipeline.image_processor.preprocess(images)).latent_dist
+    # Both draws of noise are left out: that of the posterior, and that of the noised start.
+    pipeline.vae.encode = lambda _: type("Mean", (), {"latents": posterior.mean})
+    pipeline.scheduler.scale_noise = lambda sample, timestep, noise: sample
+    theirs = pipeline.prepare_latents(images, None, 2, 1, torch.float32, "cpu")
+    assert_close(make().adapter.latents(images), theirs, atol=1e-5, rtol=0)
+
+
+def test_the_lab_decodes_what_it_encodes():
+    policy = load(PolicySettings(str(LAB), max_sequence_length=16, lora=LoraSettings(4, 4)), Noise())
+    images = policy.images(prompts_of(["two red circles"], 2), 4, KEY)
+    again = policy.adapter.decode(policy.adapter.latents(images))
+    assert (again - images).abs().mean() < 0.03

@@ -92,6 +92,24 @@ def test_template_and_precision_are_obeyed_and_no_global_random_number_is_drawn(
 
 
 @pytest.mark.slow
+def test_it_can_be_differentiated_and_then_says_the_same(conse, photos, outcome_of):
+    media = (photos[1:3] * 255).round() / 255  # as a picture that was saved
+    probe = media.clone().requires_grad_()
+    value = conse.differentiate(outcome_of(probe, ["a cat", "a dog"]))
+    assert_close(value.detach(), conse(outcome_of(media, ["a cat", "a dog"])).values[:, 0], atol=1e-6, rtol=0)
+    (gradient,) = torch.autograd.grad(value.sum(), probe)
+    assert gradient.isfinite().all()
+    size = 0.05 / gradient.norm()
+    with torch.no_grad():
+        ends = [
+            conse.differentiate(outcome_of((media + move * gradient).clamp(0, 1), ["a cat", "a dog"])).sum()
+            for move in (size, -size)
+        ]
+    assert ends[0] > value.sum() > ends[1]
+    assert all(p.grad is None for p in conse._classifier.parameters())
+
+
+@pytest.mark.slow
 def test_it_is_frozen(conse, photos, outcome_of):
     for model in (conse._classifier, conse._encoder):
         assert not model.training
