@@ -13,6 +13,11 @@ RECIPES = sorted((ROOT / "assets/recipes").glob("*.yaml"))
 # What does not fit the group of two and the four steps of a small run.
 FITTING = {
     "lab_branch_grpo": ["algorithm.splits=[1]"],
+    # Random weights draw nothing that the verifier tells apart, which leaves no pair to learn from.
+    "lab_dgpo": ["rewards.jpeg_compressibility=1.0"],
+    "lab_diffusion_dpo": ["rewards.jpeg_compressibility=1.0"],
+    "lab_flow_dppo": ["algorithm.actions=2"],
+    "lab_mix_grpo": ["algorithm.width=2"],
     "lab_tempflow_grpo": ["algorithm.starts=1"],
     "lab_g2rpo": ["algorithm.trained=[0, 2]"],
 }

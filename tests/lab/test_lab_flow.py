@@ -1,4 +1,4 @@
-"""The shipped model: plain diffusers draws with it, well enough to be read and badly enough to be improved."""
+"""The shipped model: plain diffusers draws with it, well enough to read and badly enough to be improved."""
 
 import pytest
 from runs import ROOT
