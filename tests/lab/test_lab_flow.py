@@ -1,8 +1,10 @@
 """The shipped model: plain diffusers draws with it, well enough to read and badly enough to be improved."""
 
+import numpy as np
 import pytest
 from runs import ROOT
 
+from mmalign.lab.pretrain_flow import sample
 from mmalign.lab.pretrain_score import score_pipeline
 from mmalign.lab.prompts import held_out_prompts
 
@@ -22,3 +24,23 @@ def test_the_lab_model_leaves_something_to_learn_and_asks_for_guidance(pipeline)
     assert 0.25 < guided[0] < 0.60, "strict, with guidance 2.5"
     assert guided[0] > plain[0] + 0.04
     assert guided[1] > plain[1] + 0.04, "soft"
+
+
+def test_the_emoji_model_draws_what_it_is_asked_for():
+    from diffusers import StableDiffusion3Pipeline
+
+    emoji = StableDiffusion3Pipeline.from_pretrained(ROOT / "assets/lab/emoji")
+    drawn = sample(emoji, ["angry face", "broccoli", "black circle"], steps=10, guidance=2.5, seed=0)
+    face, broccoli, black = (np.asarray(picture, dtype=float)[16:48, 16:48].mean((0, 1)) for picture in drawn)
+    assert face[0] > face[1] > face[2] + 20, "yellow"
+    assert broccoli.argmax() == 1, "green"
+    assert black.max() < 90
+
+
+def test_held_out_emoji_are_not_among_the_trained_ones():
+    train, held_out = (
+        (ROOT / f"assets/lab/emoji/prompts_{split}.txt").read_text().splitlines()
+        for split in ("train", "heldout")
+    )
+    assert (len(set(train)), len(set(held_out))) == (1518, 80)
+    assert not set(train) & set(held_out)
