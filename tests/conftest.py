@@ -3,6 +3,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+# Examples are the same in every run, and a slow machine fails no test. To search for new counterexamples:
+# pytest --hypothesis-profile=search
+settings.register_profile("repeatable", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile("repeatable")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
