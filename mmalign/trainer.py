@@ -19,7 +19,7 @@ from mmalign.coupling import Coupled
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed, local
 from mmalign.gradients import Differentiated
-from mmalign.health import Clock, peak_memory
+from mmalign.health import Clock, Running, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
 from mmalign.plans import PlanAt
@@ -237,11 +237,10 @@ class Trainer:
             peers = Peers(prompts, self.distributed.gather)
         plans = self.algorithm.plans(iteration, self.settings.seed)
         measured = [self._follow(plan, prompts, peers, (iteration, i)) for i, plan in enumerate(plans)]
-        metrics = {
-            name: sum(found) / len(found)
-            for name in dict.fromkeys(name for one in measured for name in one)
-            if (found := [one[name] for one in measured if name in one])
-        }
+        running = Running()
+        for one in measured:
+            running.add(one)
+        metrics = running.means()
         if self.algorithm.memory is not None:
             metrics |= self.algorithm.memory.note(iteration, metrics)
         for name, rule in self.algorithm.copies.items():
@@ -331,6 +330,7 @@ class Trainer:
             "bad": self.learner.bad,
             "bad_in_a_row": self.learner.bad_in_a_row,
             "memory": self.algorithm.memory.state_dict() if self.algorithm.memory is not None else None,
+            "update": self.algorithm.update.state_dict(),
             "seconds": dict(self.seconds),
             "forwards": self._forwards(),
             "ranks": own,
@@ -390,6 +390,7 @@ class Trainer:
         self.seconds = dict(state["seconds"])
         if self.algorithm.memory is not None:
             self.algorithm.memory.load_state_dict(state["memory"])
+        self.algorithm.update.load_state_dict(state["update"])
         if len(state["ranks"]) != self.distributed.world:
             warnings.warn(
                 f"{folder} was written by {len(state['ranks'])} processes and is read by "
