@@ -95,7 +95,9 @@ class Learner:
             trainable, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
         )
         if distributed.sharded and isinstance(algorithm.update, Balanced):
-            raise ValueError("objectives can only be balanced where every rank holds all parameters, not sharded")
+            raise ValueError(
+                "objectives can only be balanced where every rank holds all parameters, not sharded"
+            )
         policy.module, self.optimizer = distributed.prepare(policy.module, optimizer)
         self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
         if any(a is not b for a, b in zip(trainable, self.parameters, strict=True)):

@@ -175,7 +175,7 @@ def penalized(
 
 
 def summed(loss: Tensor, penalty: Tensor | float, weight: Tensor) -> Tensor:
-    """Losses [K] of a minibatch from those of its actions [K, n, *site] and a pull on each of them [n, *site].
+    """Losses [K] of a minibatch from those of its actions [K, n, *site] and a pull on each [n, *site].
 
     Objectives kept apart share one pull, which no balance between them may touch: then it is the last of
     [K + 1] losses.

@@ -6,7 +6,7 @@ of the shortest vector between their unit vectors,
     u_k = g_k / |g_k|        a = argmin |sum_k a_k u_k|^2 over a >= 0, sum_k a_k = 1        d = sum_k a_k u_k
 
 which worsens no reward: <d, u_k> >= |d|^2 for every k. It is given the mean length of the g_k. Finding it
-costs K backward passes, so it is done in every `every`-th update; the others take one pass of sum_k b_k loss_k
+costs K backward passes, so it is done in every `every`-th update; the others take one, of sum_k b_k loss_k
 with b the moving average of a. The K losses share one forward, so this is exact for any objective, whether it
 is affine in its advantage (where it equals the loss of sum_k b_k A_k) or clipped.
 """
@@ -28,7 +28,7 @@ TINY = 1e-12  # a gradient shorter than that has no direction
 
 
 class Update(Protocol):
-    """Makes one gradient of the losses of several objectives, which its minibatches give one after another."""
+    """Makes one gradient of the losses of several objectives, one minibatch after another."""
 
     def begin(self, names: Sequence[str], speaks: Sequence[bool]) -> bool:
         """Start an update; gives whether ranks are to exchange the gradients of its last minibatch.
@@ -156,7 +156,8 @@ class Balanced:
                 scale[rows] = 1 / count
             metrics = _cosines(cosine, (scale * length)[rows], [self._names[i] for i in rows.tolist()])
         flat = torch.cat([scale, scale.new_ones(len(apart) - count)]).to(apart) @ apart
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parts = torch.split(flat, [p.numel() for p in parameters])  # type: ignore[no-untyped-call]
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.reshape(parameter.shape).to(parameter.dtype)
         return metrics
 
@@ -168,7 +169,7 @@ class Balanced:
 
 
 def _cosines(cosine: Tensor, weight: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """The cosine of each unit gradient to the direction that they make with `weight` [K], and the least ones."""
+    """The cosine of each unit gradient to the direction that they make with `weight` [K]; the least ones."""
     inner = cosine @ weight
     size = (weight @ inner).clamp(min=0).sqrt()
     towards = inner / size if size > TINY else torch.zeros_like(inner)

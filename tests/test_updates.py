@@ -66,7 +66,9 @@ def test_two_vectors_of_any_length_follow_the_closed_form(lengths, angle):
     two = lengths[1] * torch.tensor([math.cos(angle), math.sin(angle)], dtype=torch.float64)
     first = float((((two - one) @ two) / (two - one).square().sum()).clamp(0, 1))
     rows = torch.stack([one, two])
-    assert_close(min_norm(rows @ rows.T), torch.tensor([first, 1 - first], dtype=torch.float64), atol=1e-9, rtol=0)
+    assert_close(
+        min_norm(rows @ rows.T), torch.tensor([first, 1 - first], dtype=torch.float64), atol=1e-9, rtol=0
+    )
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -74,9 +76,12 @@ def test_three_vectors_are_no_longer_than_any_point_of_a_fine_grid(seed):
     found, fine = units(3, 3, seed), 60
     q = found @ found.T
     shares = min_norm(q)
-    grid = torch.tensor(
-        [(i, j, fine - i - j) for i in range(fine + 1) for j in range(fine + 1 - i)], dtype=torch.float64
-    ) / fine
+    grid = (
+        torch.tensor(
+            [(i, j, fine - i - j) for i in range(fine + 1) for j in range(fine + 1 - i)], dtype=torch.float64
+        )
+        / fine
+    )
     least = float(((grid @ q) * grid).sum(1).min())
     assert float(shares @ q @ shares) <= least + 1e-12
     assert least - float(shares @ q @ shares) < 3 / fine  # and it is reached
@@ -91,7 +96,7 @@ def test_equal_vectors_give_that_vector_and_opposite_ones_give_none():
 
 @pytest.mark.parametrize(("count", "size", "seed"), itertools.product((2, 3, 5, 9), (4, 30), range(3)))
 def test_no_objective_is_worsened(count, size, seed):
-    """<d, u_k> >= |d|^2 for all, with equality where an objective has a share: the conditions of optimality."""
+    """<d, u_k> >= |d|^2 for all, with equality where it has a share: the conditions of optimality."""
     found = units(count, size, seed)
     shares = min_norm(found @ found.T)
     direction = shares @ found
