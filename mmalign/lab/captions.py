@@ -325,8 +325,8 @@ def from_json(found: Mapping[str, Any]) -> Scene:
         word = Word(**found["word"]) if found.get("word") else None
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"scene: expected things and perhaps a word as lab.captions.as_json writes them ({error})"
-        )
+            f"scene: expected things and perhaps a word, as `as_json` writes ({error})"
+        ) from error
     for thing in things:
         if thing.shape not in SHAPES or thing.color not in COLORS or thing.size not in SIZES:
             raise ValueError(f"scene: the lab knows no {thing.size} {thing.color} {thing.shape}")
