@@ -40,6 +40,8 @@ from mmalign.trainer import Algorithm
 class ClaimDiffRL:
     """GRPO for captions with the credit of claims: to the whole caption, to their words, or to both."""
 
+    # Who is credited with a claim: every word (sequence), its own words (token), these and all before them
+    # (upstream), or sequence and token added up (both).
     credit: Literal["sequence", "token", "upstream", "both"] = "sequence"
     located: float = 1.0  # weight of the words' own credit beside that of the caption, with `both`
     clip: float = 0.2  # how far a probability may fall, as a share of itself
