@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from mmalign.composition import Composer, Schedule
 from mmalign.compositions import Centered
 from mmalign.config import ConfigError, RunConfig
 from mmalign.contracts import PairwiseReward, PolicySettings, Reward
+from mmalign.coupling import Coupled
 from mmalign.data import PromptSource, read_prompts
 from mmalign.distributed import Distributed
 from mmalign.evaluation import Evaluator, Shown, repeat
@@ -53,6 +55,7 @@ class Run:
     evaluator: Evaluator
     tracker: Tracker
     plan: dict[str, Any]
+    cost: dict[str, float]
     began: float = field(default_factory=time.perf_counter)
 
     def train(self) -> dict[str, Any]:
@@ -86,6 +89,8 @@ class Run:
         if settings.every and iteration % settings.every == 0:
             scores, shown = self.evaluator.scores(self.policy)
             self._draw(shown, iteration)
+            if self.distributed.is_main:
+                scores.save(self.folder / report.EVALUATION / f"step_{iteration:06d}.json")
             found = {f"heldout/{name}": score.mean for name, score in scores.scores.items()}
             return found | ({"heldout/diversity": scores.diversity} if scores.diversity is not None else {})
         if settings.grid_every and iteration % settings.grid_every == 0:
@@ -126,6 +131,7 @@ class Run:
             "setup_seconds": before.get("setup_seconds", 0.0) + time.perf_counter() - self.began,
             "device": device_name(self.distributed.device),
             "processes": self.distributed.world,
+            "commit": before.get("commit") or commit(),
             "heldout_file": self.config.prompts.heldout_file or self.config.prompts.file,
             "versions": {
                 "python": platform.python_version(),
@@ -144,6 +150,21 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{device.type}, {os.cpu_count()} cores" if device.type == "cpu" else device.type
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package was imported from, + where files of it have changed."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        said = [
+            subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+            ).stdout
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said[0].strip() + ("+" if said[1].strip() else "")
 
 
 def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> Run:
@@ -188,10 +209,11 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
     )
     evaluator = Evaluator(heldout, rewards, config.evaluation, distributed)
     probe(rewards, policy, evaluator)
-    plan = derive(config, algorithm, policy, distributed.world, len(source.prompts))
+    cost = cost_of(config, algorithm, policy)
+    plan = derive(config, algorithm, policy, cost, distributed.world, len(source.prompts))
     if write and distributed.is_main:
         save_config(folder, config, plan)
-    run = Run(config, folder, distributed, policy, algorithm, trainer, evaluator, tracker, plan, began)
+    run = Run(config, folder, distributed, policy, algorithm, trainer, evaluator, tracker, plan, cost, began)
     trainer.evaluate = run.look if write else None
     return run
 
@@ -317,27 +339,38 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 # The plan
 
 
+def cost_of(config: RunConfig, algorithm: Algorithm, policy: FlowPolicy) -> dict[str, float]:
+    """Forwards of an iteration to sample, to train, and (at most) of frozen policies and looks ahead.
+
+    A mean over the first iterations, because windows move.
+    """
+    size, rows = config.prompts.group, policy.adapter.rows(config.policy.guidance)
+    member = torch.arange(size)
+    learners = member[: algorithm.credit.learners or size]
+    each = algorithm.through.cost if algorithm.through is not None else lambda plan: 1
+    iterations = min(64, config.training.iterations)
+    found = [plan for i in range(iterations) for plan in algorithm.plans(i, config.training.seed)]
+    share = config.prompts.per_iteration * rows / iterations
+    sample = sum(forwards(plan, torch.zeros_like(member), member)[0] for plan in found)
+    train = sum(forwards(plan, torch.zeros_like(learners), learners, each(plan))[1] for plan in found)
+    frozen = len(algorithm.copies) + len(algorithm.loaded) + isinstance(algorithm.objective, Coupled)
+    return {"sample": share * sample, "train": share * train, "reference": share * train * frozen}
+
+
 def derive(
-    config: RunConfig, algorithm: Algorithm, policy: FlowPolicy, world: int, prompts: int
+    config: RunConfig,
+    algorithm: Algorithm,
+    policy: FlowPolicy,
+    cost: Mapping[str, float],
+    world: int,
+    prompts: int,
 ) -> dict[str, Any]:
     """What follows from the settings and is never set: sizes of batches, counts of updates and forwards."""
     trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in policy.module.parameters())
     groups, size, settings = config.prompts.per_iteration, config.prompts.group, config.training
-    samples, rows = groups * size, policy.adapter.rows(config.policy.guidance)
+    samples = groups * size
     found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]
-    cost = algorithm.through.cost if algorithm.through is not None else lambda plan: 1
-    member = torch.arange(size)
-    learners = member[: algorithm.credit.learners or size]
-    costs = [
-        (
-            forwards(plan, torch.zeros_like(member), member)[0],
-            forwards(plan, torch.zeros_like(learners), learners, cost(plan))[1],
-        )
-        for plans in found
-        for plan in plans
-    ]
-    sample, train = (groups * rows * sum(counts) / len(found) for counts in zip(*costs, strict=True))
     frozen = [*algorithm.copies, *algorithm.loaded]
     actions = sorted({len(plan.sde_steps) for plans in found for plan in plans})
     judged = sum(plan.views for plan in found[0])
@@ -351,7 +384,7 @@ def derive(
         "denoising steps": f"{found[0][0].steps}, of them stochastic {' or '.join(map(str, actions))}",
         "pictures judged an iteration": f"{judged} x {samples} = {judged * samples}",
         "updates an iteration": updates,
-        "forwards an iteration": f"{sample:.0f} to sample, {train:.0f} to train"
-        + (f", at most {train:.0f} of each frozen policy ({', '.join(frozen)})" if frozen else ""),
+        "forwards an iteration": f"{cost['sample']:.0f} to sample, {cost['train']:.0f} to train"
+        + (f", at most {cost['train']:.0f} of each frozen policy ({', '.join(frozen)})" if frozen else ""),
         "network rows of a forward": f"at most {policy.chunk} to sample, {config.training.batch} to train",
     }

@@ -66,10 +66,47 @@ def finite(line: Line) -> Line:
 
 
 def chart(lines: Iterable[Line], floor: float | None = None) -> str:
-    """An SVG of the lines over one x axis; floor: the y axis reaches down to it."""
+    """An SVG of the lines over one x axis, with its legend; floor: the y axis reaches down to it."""
     lines = [line for line in map(finite, lines) if line.x]
     if not lines:
         return "<p class=none>nothing was measured</p>"
+    drawn = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img>{"".join(drawing(lines, floor))}</svg>'
+    return drawn + (legend([line.name for line in lines]) if len(lines) > 1 else "")
+
+
+FIGURE_STYLE = """
+text { font: 11px system-ui, sans-serif; fill: #52525b } .title { font-size: 13px; fill: #18181b }
+.rule { stroke: #ececef; fill: none } .line { fill: none; stroke-width: 1.2 } .bold { stroke-width: 2 }
+"""
+HEAD, FOOT, ROW = 26, 22, 18  # heights of a figure's title, of the name of its x axis, and of a legend's row
+
+
+def figure(lines: Iterable[Line], title: str, axis: str) -> str:
+    """A chart as an SVG file of its own, with title, name of the x axis and legend in it."""
+    lines = [line for line in map(finite, lines) if line.x]
+    height = HEAD + HEIGHT + FOOT + ROW * -(-len(lines) // 3)
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img">',
+        f'<style>{FIGURE_STYLE}</style><rect width="100%" height="100%" fill="#fff" />',
+        f'<text x="{LEFT}" y="18" class="title">{html.escape(title)}</text>',
+        f'<text x="{WIDTH - RIGHT}" y="{HEAD + HEIGHT + 12}" text-anchor="end">{html.escape(axis)}</text>',
+        f'<g transform="translate(0 {HEAD})">{"".join(drawing(lines, whole=False))}</g>',
+    ]
+    for i, line in enumerate(lines):
+        x, y = LEFT + (i % 3) * (WIDTH - LEFT) // 3, HEAD + HEIGHT + FOOT + ROW * (i // 3)
+        out.append(f'<rect x="{x}" y="{y}" width="10" height="10" fill="{color(i)}" />')
+        out.append(f'<text x="{x + 15}" y="{y + 9}">{html.escape(line.name)}</text>')
+    return "".join(out) + "</svg>\n"
+
+
+def color(place: int) -> str:
+    return COLORS[place % len(COLORS)]
+
+
+def drawing(lines: Sequence[Line], floor: float | None = None, whole: bool = True) -> list[str]:
+    """Axes and lines of a chart, none of which may be empty; whole: x counts something."""
+    if not lines:
+        return []
     every = [y for line in lines for y in (*line.y, *line.low, *line.high) if math.isfinite(y)]
     bottom, top = min(every), max(every)
     if floor is not None:
@@ -90,30 +127,33 @@ def chart(lines: Iterable[Line], floor: float | None = None) -> str:
     def path(xs: Sequence[float], ys: Sequence[float]) -> str:
         return "M" + "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in zip(xs, ys, strict=True))
 
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img>']
+    out = []
     for mark in marks:
         y = py(mark)
-        out.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" class=rule />')
+        out.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" class="rule" />')
         text = label(mark, marks[1] - marks[0])
-        out.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor=end>{text}</text>')
-    for mark in ticks(x0, x1, 6):
-        if x0 <= mark <= x1 and float(mark).is_integer():
-            below = HEIGHT - BOTTOM + 18
-            out.append(f'<text x="{px(mark):.1f}" y="{below}" text-anchor=middle>{mark:.0f}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
+    places = ticks(x0, x1, 6)
+    for mark in places:
+        if x0 <= mark <= x1 and (float(mark).is_integer() or not whole):
+            below, text = HEIGHT - BOTTOM + 18, label(mark, places[1] - places[0])
+            out.append(f'<text x="{px(mark):.1f}" y="{below}" text-anchor="middle">{text}</text>')
     for i, line in enumerate(lines):
-        color = COLORS[i % len(COLORS)]
-        if line.low and line.high:
+        stroke = f'stroke="{color(i)}"'
+        if line.low and line.high and len(line.x) == 1:
+            x, ends = px(line.x[0]), (py(line.low[0]), py(line.high[0]))
+            out.append(f'<path d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}" class="line" {stroke} />')
+        elif line.low and line.high:
             around = path(line.x, line.high) + "L" + path(line.x[::-1], line.low[::-1])[1:] + "Z"
-            out.append(f'<path d="{around}" fill="{color}" opacity=.13 />')
+            out.append(f'<path d="{around}" fill="{color(i)}" opacity=".13" />')
         if line.smooth > 1:
-            out.append(f'<path d="{path(line.x, line.y)}" class=line stroke="{color}" opacity=.25 />')
+            out.append(f'<path d="{path(line.x, line.y)}" class="line" {stroke} opacity=".25" />')
         bold = running_mean(line.y, line.smooth)
-        out.append(f'<path d="{path(line.x, bold)}" class="line bold" stroke="{color}" />')
+        out.append(f'<path d="{path(line.x, bold)}" class="line bold" {stroke} />')
         if line.dots or len(line.x) == 1:
             for x, y in zip(line.x, bold, strict=True):
-                out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r=3 fill="{color}" />')
-    out.append("</svg>")
-    return "".join(out) + (legend([line.name for line in lines]) if len(lines) > 1 else "")
+                out.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{color(i)}" />')
+    return out
 
 
 def bars(shares: Sequence[tuple[str, float]]) -> str:
@@ -122,7 +162,7 @@ def bars(shares: Sequence[tuple[str, float]]) -> str:
     x, out = 0.0, [f'<svg viewBox="0 0 {WIDTH} 26" role=img>']
     for i, (_, value) in enumerate(shares):
         width = value / total * WIDTH
-        out.append(f'<rect x="{x:.1f}" y=3 width="{width:.1f}" height=20 fill="{COLORS[i % len(COLORS)]}" />')
+        out.append(f'<rect x="{x:.1f}" y=3 width="{width:.1f}" height=20 fill="{color(i)}" />')
         x += width
     return "".join(out) + "</svg>" + legend([f"{name} {value / total:.1%}" for name, value in shares])
 
@@ -130,7 +170,7 @@ def bars(shares: Sequence[tuple[str, float]]) -> str:
 def legend(names: Sequence[str]) -> str:
     """A patch of color and a name for each line."""
     spans = [
-        f'<span><i style="background:{COLORS[i % len(COLORS)]}"></i>{html.escape(name)}</span>'
+        f'<span><i style="background:{color(i)}"></i>{html.escape(name)}</span>'
         for i, name in enumerate(names)
     ]
     return f"<div class=legend>{''.join(spans)}</div>"

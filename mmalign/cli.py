@@ -1,4 +1,4 @@
-"""`mmalign train | sample | evaluate | benchmark | report | schema`; the scripts are the same commands."""
+"""The commands of `mmalign`; the scripts are the same ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,26 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
         "--compare", action="store_true", help="score the base model as well, and the gain over it"
     )
     add_overrides(evaluate)
+
+    best = command(
+        "best-of-n", best_of_n_command, "What the base model reaches by drawing more: the curve to beat."
+    )
+    add_subject(best)
+    best.add_argument("--n", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes (default 1 2 4 8 16)")
+    best.add_argument(
+        "--betas", type=float, nargs="*", default=[1.0, 0.5, 0.2, 0.1, 0.05], help="of the tilted law"
+    )
+    best.add_argument("--out", metavar="FILE", help="write the numbers (JSON) and the plot (SVG) there")
+    add_overrides(best)
+
+    made = command(
+        "reproduce", reproduce_command, "Run experiments on equal budget and write the page of results."
+    )
+    made.add_argument("experiments", nargs="*", metavar="FILE", help="default: all of assets/experiments")
+    made.add_argument("--only", nargs="+", default=[], metavar="ARM", help="run these arms alone")
+    made.add_argument("--runs", default="runs/reproduce", metavar="FOLDER", help="where runs lie and go on")
+    made.add_argument("--out", default="docs/results.md", metavar="FILE", help="the page; data lie beside it")
+    made.add_argument("--write-only", action="store_true", help="run nothing, write what is known")
 
     bench = command("benchmark", benchmark_command, "Measure where the time of an iteration goes.")
     bench.add_argument("--recipe", required=True, metavar="NAME", help="name of a recipe, or its file")
@@ -262,6 +283,30 @@ def evaluate_command(options: argparse.Namespace) -> int:
             )
         )
     return 0
+
+
+def best_of_n_command(options: argparse.Namespace) -> int:
+    from mmalign import best_of_n
+
+    found = early(lambda: best_of_n.measure(options))
+    best_of_n.print_table(found)
+    if options.out:
+        print("\n".join(str(path) for path in early(lambda: best_of_n.write(found, Path(options.out)))))
+    return 0
+
+
+def reproduce_command(options: argparse.Namespace) -> int:
+    from mmalign import experiments, results
+
+    paths = [Path(name) for name in options.experiments] or sorted(Path("assets/experiments").glob("*.yaml"))
+    asked = early(lambda: [experiments.read_experiment(path) for path in paths])
+    runs, failed = Path(options.runs), 0
+    for experiment in asked:
+        if not options.write_only:
+            failed += early(partial(experiments.run, experiment, runs, options.only))
+        found = early(partial(results.collect, experiment, runs))
+        print("\n".join(str(path) for path in results.write([found], Path(options.out))), flush=True)
+    return 1 if failed else 0
 
 
 def benchmark_command(options: argparse.Namespace) -> int:

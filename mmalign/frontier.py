@@ -13,32 +13,38 @@ less KL than that; so both are given. Everything is estimated from N draws a pro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, takewhile
 
 import torch
 from torch import Tensor
 
-from mmalign.contracts import Key, RewardModel
+from mmalign.contracts import Key, Policy, RewardModel
 from mmalign.data import Prompt
-from mmalign.evaluation import Draws, batches, repeat
-from mmalign.records import Outcome
+from mmalign.evaluation import Draws, batches, bootstrap, repeat
+from mmalign.objectives import divergence as step_divergence
+from mmalign.records import Outcome, Plan
 from mmalign.scoring import judge
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a curve, a mean over prompts.
+    """One point of a curve, a mean over prompts with the 95 % interval over prompts.
 
     kl_bound: log n - (n - 1) / n for best-of-n, else None. effective: of the N draws of a prompt, how many
-    the estimate rests on, at least; trust a tilted point only while it is large.
+    the estimate rests on, at least; trust a tilted point only while it is large. watched: what other rewards
+    say of the same choice.
     """
 
     name: str
     reward: float
+    low: float
+    high: float
     kl: float
     effective: float
     kl_bound: float | None = None
+    watched: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,24 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def expected_best(rewards: Tensor, n: int) -> Tensor:
-    """Unbiased mean of the best of n draws without replacement; rewards [P, N] with N >= n, gives [P]."""
+def chances(rewards: Tensor, n: int) -> Tensor:
+    """The chance of each of N draws to be the best of n of them, without replacement; [P, N] both.
+
+    Draws that tie share what one of them gets.
+    """
     draws = rewards.shape[1]
     if not 1 <= n <= draws:
         raise ValueError(f"the best of n needs 1 <= n <= {draws} draws of each prompt, got n={n}")
-    ordered = rewards.double().sort(1).values
-    share = [math.comb(i, n - 1) / math.comb(draws, n) for i in range(draws)]  # of being the best
-    return ordered @ torch.tensor(share, dtype=torch.float64)
+    below = (rewards[:, None] < rewards[:, :, None]).sum(2)  # draws that are worse, and
+    level = (rewards[:, None] == rewards[:, :, None]).sum(2)  # as good
+    chosen = [math.comb(i, n) / math.comb(draws, n) for i in range(draws + 1)]  # that all n are among these i
+    reached = torch.tensor(chosen, dtype=torch.float64)
+    return (reached[below + level] - reached[below]) / level
+
+
+def expected_best(rewards: Tensor, n: int) -> Tensor:
+    """Unbiased mean of the best of n draws without replacement; rewards [P, N] with N >= n, gives [P]."""
+    return (chances(rewards, n) * rewards.double()).sum(1)
 
 
 def law_of_best(mass: Tensor, n: int) -> Tensor:
@@ -85,54 +101,58 @@ def kl_of_best(rewards: Tensor, n: int) -> Tensor:
 
 
 def tilt(rewards: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Reward, KL and effective number of draws of the law tilted by exp(r / beta); [P] each from [P, N]."""
+    """Weights [P, N] of the draws [P, N] under the law tilted by exp(r / beta), its KL [P], and of how many
+    draws it is effectively made [P].
+    """
     if not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
-    rewards = rewards.double()
-    weight = (rewards / beta).softmax(1)
+    weight = (rewards.double() / beta).softmax(1)
     kl = torch.special.xlogy(weight, weight * rewards.shape[1]).sum(1).clamp(min=0)
-    return (weight * rewards).sum(1), kl, 1 / weight.square().sum(1)
+    return weight, kl, 1 / weight.square().sum(1)
 
 
-def frontier(rewards: Tensor, betas: Sequence[float] = ()) -> Frontier:
-    """Both curves from rewards [P, N] of the reference: n = 1, 2, 4, ... N, and the given betas."""
+def frontier(
+    rewards: Tensor,
+    betas: Sequence[float] = (),
+    sizes: Sequence[int] = (),
+    watched: Mapping[str, Tensor] | None = None,
+) -> Frontier:
+    """Both curves from rewards [P, N] of the reference.
+
+    sizes: the n of best-of-n; empty: 1, 2, 4, ... up to N. watched: other rewards of the same draws, [P, N].
+    """
     if rewards.ndim != 2 or not bool(torch.isfinite(rewards).all()):
         raise ValueError(
             f"rewards must be finite and [prompts, draws], got {tuple(rewards.shape)} with "
             f"{int((~torch.isfinite(rewards)).sum())} that are not finite"
         )
     draws = rewards.shape[1]
+    doublings = takewhile(lambda n: n <= draws, (2**i for i in count()))
+
+    def point(name: str, weight: Tensor, kl: Tensor, effective: float, bound: float | None = None) -> Point:
+        by_prompt = (weight * rewards.double()).sum(1)
+        others = {key: float((weight * r.double()).sum(1).nanmean()) for key, r in (watched or {}).items()}
+        low, high = bootstrap(by_prompt)
+        return Point(name, float(by_prompt.mean()), low, high, float(kl.mean()), effective, bound, others)
+
     best = [
-        Point(
-            f"n={n}",
-            float(expected_best(rewards, n).mean()),
-            float(kl_of_best(rewards, n).mean()),
-            draws / n,
-            kl_bound(n),
-        )
-        for n in doublings(draws)
+        point(f"n={n}", chances(rewards, n), kl_of_best(rewards, n), draws / n, kl_bound(n))
+        for n in sizes or doublings
     ]
     tilted = []
     for beta in betas:
-        reward, kl, effective = tilt(rewards, beta)
-        tilted.append(Point(f"beta={beta:g}", float(reward.mean()), float(kl.mean()), float(effective.min())))
+        weight, kl, effective = tilt(rewards, beta)
+        tilted.append(point(f"beta={beta:g}", weight, kl, float(effective.min())))
     return Frontier(best, tilted)
-
-
-def doublings(most: int) -> Iterator[int]:
-    """1, 2, 4, ... up to `most`."""
-    n = 1
-    while n <= most:
-        yield n
-        n *= 2
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Every draw's reward [P, N] and the best picture of each prompt [P, 3, H, W]."""
+    """Every draw's reward [P, N], what others say of it, and the best picture of each prompt [P, 3, H, W]."""
 
     rewards: Tensor
     best: Tensor
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -144,24 +164,66 @@ def best_of_n(
     steps: int,
     key: Key = (0, "best of n"),
     batch: int = 64,
+    watched: Sequence[RewardModel] = (),
 ) -> Drawn:
     """Draw each prompt n times by the plain ODE and keep the best: a baseline, and a source of data.
 
     P prompts cost P n steps forwards, twice that with guidance. Draws that the reward has no verdict on are
-    never the best, and have minus infinity; of equally good ones the first is kept.
+    never the best, and have minus infinity (NaN where others are silent); of equally good ones the first is
+    kept.
     """
     asked = repeat(prompts, list(range(len(prompts))), n)
-    found, best = torch.full((len(asked),), -math.inf), dict[int, Tensor]()
+    judges = [reward, *watched]
+    found = torch.full((len(judges), len(asked)), math.nan)
+    best = dict[int, Tensor]()
     for rows in batches(len(asked), batch):
         part = asked.take(rows)
         images = policy.images(part, steps, key)
-        signal, _ = judge(reward, Outcome(part, images))
-        assert signal.valid is not None
-        means = (signal.values * signal.valid).sum(1) / signal.valid.sum(1)
-        for row, mean, image in zip(rows.tolist(), means.tolist(), images, strict=True):
+        for values, judge_ in zip(found, judges, strict=True):
+            signal, _ = judge(judge_, Outcome(part, images))
+            assert signal.valid is not None
+            values[rows] = ((signal.values * signal.valid).sum(1) / signal.valid.sum(1)).float()
+        found[0, rows] = found[0, rows].nan_to_num(nan=-math.inf)
+        for row, image in zip(rows.tolist(), images, strict=True):
             place = row // n
-            if place not in best or mean > float(found[place * n : row].max()):
+            if place not in best or found[0, row] > found[0, place * n : row].max():
                 best[place] = image.cpu()
-            if math.isfinite(mean):
-                found[row] = mean
-    return Drawn(found.reshape(len(prompts), n), torch.stack([best[i] for i in range(len(prompts))]))
+    rewards, *others = found.reshape(len(judges), len(prompts), n)
+    return Drawn(
+        rewards,
+        torch.stack([best[i] for i in range(len(prompts))]),
+        {model.name: values for model, values in zip(watched, others, strict=True)},
+    )
+
+
+@torch.no_grad()
+def path_kl(
+    policy: Policy,
+    reference: str,
+    prompts: Sequence[Prompt],
+    steps: int,
+    key: Key = (0, "path"),
+    batch: int = 64,
+) -> Tensor:
+    """KL of the policy's paths from those of its copy `reference`, in nats; [P], one path a prompt.
+
+        sum over s of |mean - mean_ref|^2 / (2 std^2)     along a path of the policy, whose noise it has
+
+    By data processing no less than the divergence of the pictures. P prompts cost 3 P (steps - 1) + P
+    forwards.
+    """
+    asked, plan = repeat(prompts, list(range(len(prompts))), 1), Plan(steps, tuple(range(steps - 1)))
+    found = torch.zeros(len(asked), dtype=torch.float64)
+    before = replace(policy.forwards)
+    for rows in batches(len(asked), batch):
+        trajectory = policy.sample(asked.take(rows), plan, key)
+        for pick in policy.picks(trajectory, torch.arange(len(rows)), batch):
+            new = policy.evaluate(trajectory, pick)
+            with policy.copies.use(reference):
+                old = policy.evaluate(trajectory, pick)
+            assert new.mean is not None  # steps of a flow are Gaussian
+            gap = step_divergence(new, old).reshape(len(pick), -1).mean(1)  # a mean over the latent
+            found.index_add_(0, rows[pick.rows.cpu()], gap.double().cpu() * new.mean[0].numel())
+    counts = policy.forwards
+    counts.sample, counts.train, counts.reference = before.sample, before.train, before.reference
+    return found

@@ -119,6 +119,8 @@ class Algorithm:
     apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
     memory: Memory | None = None  # what plans, credit or copies depend on beside iteration and seed
     through: Differentiated | None = None  # rewards that the objective differentiates; it meets them first
+    # What only the policy knows about its actions, put into their advantage; no gradient.
+    refine: Callable[[Policy, Trajectory, Advantage, Peers], Advantage] | None = None
 
     def sampled_by(self, iteration: int) -> str | None:
         return self.sampler(iteration) if callable(self.sampler) else self.sampler
@@ -277,6 +279,8 @@ class Trainer:
             composed = self.composer(scores.signals, trajectory.outcome, peers, place[0])
             credit = replace(self.algorithm.credit, weights=composed.weights)
             advantage = credit(composed.signals, trajectory, self.policy.locate, peers, part)
+            if self.algorithm.refine is not None:
+                advantage = self.algorithm.refine(self.policy, trajectory, advantage, peers)
             metrics = summarize(scores, peers, trajectory.outcome.views, self.distributed.gather_objects)
             metrics |= composed.metrics
             metrics |= self._about(advantage, peers)

@@ -11,9 +11,11 @@ from known import TWO, Judge, policy_of
 from known import source as known_source
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
+from words import Claims, Rubric, ToyWriter, Truth, pictures
 
 from mmalign.algorithms.awm import AWM
 from mmalign.algorithms.branch_grpo import BranchGRPO
+from mmalign.algorithms.claimdiff import ClaimDiffRL
 from mmalign.algorithms.crd import CRD
 from mmalign.algorithms.dance_grpo import DanceGRPO
 from mmalign.algorithms.ddpo import DDPO
@@ -23,18 +25,23 @@ from mmalign.algorithms.diffusion_dpo import DiffusionDPO
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.distill import Distill
 from mmalign.algorithms.draft import DRaFT
+from mmalign.algorithms.drpo import DRPO
 from mmalign.algorithms.flow_dppo import FlowDPPO
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.algorithms.g2rpo import G2RPO
 from mmalign.algorithms.gardo import GARDO
 from mmalign.algorithms.grpo_guard import GRPOGuard
+from mmalign.algorithms.igpo import IGPO
 from mmalign.algorithms.mix_grpo import MixGRPO
+from mmalign.algorithms.pow3r import POW3R
 from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.refl import ReFL
 from mmalign.algorithms.srpo import SRPO
 from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance
+from mmalign.algorithms.trust_grpo import TrustGRPO
+from mmalign.algorithms.tw_grpo import TWGRPO
 from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
 from mmalign.records import Outcome, Prompts, Renoise, RewardSignal
@@ -150,6 +157,36 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "balance": {"algorithm": TrajectoryBalance(steps=3), "groups": 3, "members": 4, "updates": 1},
 }
 
+WRITING = {
+    "claims at their words": {"algorithm": ClaimDiffRL("both", kl=0.1), "reward": Claims(True, missing=0.5)},
+    "words weighed by the group": {"algorithm": TWGRPO(), "reward": Claims()},
+    "right and wrong texts": {"algorithm": DRPO(longest=8), "reward": Truth(), "groups": 1, "updates": 1},
+    "a judge that is trusted": {
+        "algorithm": TrustGRPO("claims", kl=0.0, gate=0.0, even=(0.0, 1.0)),
+        "reward": Claims(),
+        "groups": 1,
+        "updates": 1,
+    },
+    "criteria that teach": {"algorithm": POW3R(), "reward": Rubric(), "groups": 1, "updates": 1},
+    "sentences": {"algorithm": IGPO(gamma=0.7), "reward": Claims(True), "groups": 1, "updates": 1},
+}
+
+
+def writing(scenario: str, distributed: Distributed) -> dict[str, Any]:
+    """Three iterations of a method for texts, with the groups whole or split."""
+    given = WRITING[scenario]
+    rewards = [given["reward"]]
+    if isinstance(given["algorithm"], TrustGRPO):
+        rewards.append(Truth())
+    algorithm = given["algorithm"].build({reward.name: 1.0 for reward in rewards})
+    policy, notes = ToyWriter(), Notes()
+    settings = TrainingSettings(
+        iterations=3, learning_rate=1e-2, batch=5, updates=given.get("updates", 2), max_missing=1.0
+    )
+    prompts = pictures(given.get("groups", 2), 6)
+    Trainer(policy, algorithm, Scorer(rewards, 1.0), prompts, settings, distributed, notes).run()
+    return kept(policy, notes, distributed)
+
 
 def tiny(folder: Path, distributed: Distributed) -> dict[str, Any]:
     """Three iterations of a real pipeline with random weights, by LoRA."""
@@ -220,6 +257,7 @@ if __name__ == "__main__":
     found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
     found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
     found |= {method: through(method, world) for method in THROUGH}
+    found |= {scenario: writing(scenario, world) for scenario in WRITING}
     found["tiny"] = tiny(Path(sys.argv[2]), world)
     torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
     world.close()

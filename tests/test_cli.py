@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -363,6 +364,36 @@ def test_what_cannot_be_evaluated_is_refused(subject, more, message, tmp_path, c
     assert message in said
 
 
+def test_the_baseline_of_a_run_is_told_and_drawn(run, tmp_path, capsys):
+    out = tmp_path / "best.json"
+    more = ["--rewards", "jpeg_compressibility", "lab", "--n", "4", "1", "--betas", "1", "--out", str(out)]
+    assert main(["best-of-n", str(run), "--count", "2", "--steps", "2", *more]) == 0
+    found = json.loads(out.read_text())
+    assert (found["reward"], found["prompts"], found["draws"]) == ("jpeg_compressibility", 2, 4)
+    one, four = found["frontier"]["best_of_n"]
+    assert (one["name"], one["kl"], four["name"]) == ("n=1", 0, "n=4")
+    assert four["reward"] > one["reward"]
+    assert four["kl"] == pytest.approx(four["kl_bound"], rel=0.5)
+    assert list(four["watched"]) == ["lab"]
+    assert found["frontier"]["tilted"][0]["reward"] > one["reward"]
+    assert found["trained"]["kl"] > 0
+    ElementTree.parse(out.with_suffix(".svg"))
+    assert "KL at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--n", "1"], "--n"),
+        (["--betas", "0"], "--betas must be positive"),
+        (["--rewards", "lab_pairwise"], "scores pictures one by one"),
+        (["--rewards", "labb"], "did you mean 'lab'?"),
+    ],
+)
+def test_a_baseline_that_cannot_be_drawn_is_refused(run, more, message, capsys):
+    assert message in refused(capsys, "best-of-n", run, *more)
+
+
 def test_the_benchmark_accounts_for_every_second(tmp_path, capsys):
     out = tmp_path / "bench.json"
     more = ["--iterations", "1", "--warmup", "1", "--json", str(out)]
@@ -387,11 +418,11 @@ def test_the_report_can_be_written_again(run, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "benchmark"])
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "benchmark", "best_of_n", "reproduce"])
 def test_scripts_run_from_anywhere_without_installation(name, tmp_path):
     script = Path(ROOT / "scripts" / f"{name}.py")
     done = subprocess.run(
         [sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert f"mmalign {name}" in done.stdout
+    assert f"mmalign {name.replace('_', '-')}" in done.stdout

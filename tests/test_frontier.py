@@ -11,21 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import TWO, Judge, policy_of
 from torch.testing import assert_close
-from toys import Redness
+from toys import Redness, ToyFlow, Velocity
 
+from mmalign.contracts import Forwards
+from mmalign.copies import Copies
 from mmalign.data import Prompt
 from mmalign.frontier import (
     best_of_n,
+    chances,
     divergence,
     expected_best,
     frontier,
     kl_bound,
     kl_of_best,
     law_of_best,
+    path_kl,
     tilt,
 )
 from mmalign.lab.gaussians import reweighted
 from mmalign.records import Outcome, RewardSignal
+from mmalign.sde import transition
 
 LEVELS = st.lists(st.integers(0, 3), min_size=2, max_size=8)
 
@@ -40,6 +45,20 @@ def test_the_expected_best_is_the_mean_over_all_subsets(values, n):
     n = min(n, len(values))
     brute = [max(chosen) for chosen in combinations(values, n)]
     assert float(expected_best(rows(values), n)) == pytest.approx(sum(brute) / len(brute))
+
+
+@settings(max_examples=50, deadline=None)
+@given(LEVELS, st.integers(1, 8))
+def test_what_a_watched_reward_gains_is_the_mean_over_the_best_of_all_subsets(values, n):
+    """Those that tie for the best are chosen equally often."""
+    n, watched = min(n, len(values)), [i * i for i in range(len(values))]
+    brute = []
+    for subset in combinations(range(len(values)), n):
+        best = [i for i in subset if values[i] == max(values[j] for j in subset)]
+        brute.append(sum(watched[i] for i in best) / len(best))
+    share = chances(rows(values), n)
+    assert float(share.sum()) == pytest.approx(1)
+    assert float((share * rows(watched)).sum()) == pytest.approx(sum(brute) / len(brute))
 
 
 @settings(max_examples=50, deadline=None)
@@ -87,6 +106,16 @@ def test_the_curve_rises_with_n():
     assert all(point.kl <= point.kl_bound + 1e-9 for point in curve)
 
 
+def test_a_curve_takes_the_sizes_it_is_asked_for_and_says_what_others_think():
+    values = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
+    curve = frontier(values, [0.1], [1, 3, 16], {"opposite": -values})
+    assert [point.name for point in curve.best_of_n] == ["n=1", "n=3", "n=16"]
+    for point in (*curve.best_of_n, *curve.tilted):
+        assert point.watched["opposite"] == pytest.approx(-point.reward)
+        assert point.low <= point.reward <= point.high
+    assert curve.best_of_n[-1].reward == pytest.approx(float(values.amax(1).double().mean()))
+
+
 def test_at_equal_divergence_no_law_gains_more_than_the_tilted_one():
     mass, values = torch.tensor([0.4, 0.3, 0.2, 0.1]).double(), torch.tensor([0.0, 0.3, 0.9, 1.0]).double()
     for n in (2, 4, 16):
@@ -106,8 +135,8 @@ def test_at_equal_divergence_no_law_gains_more_than_the_tilted_one():
 def test_the_tilted_curve_of_draws_is_the_reweighted_law_of_their_levels():
     values, beta = rows([0] * 40 + [1] * 30 + [2] * 30), 0.8
     exact = reweighted(torch.tensor([0.4, 0.3, 0.3]).double(), torch.tensor([0.0, 1, 2]).double(), beta)
-    reward, kl, effective = tilt(values, beta)
-    assert float(reward) == pytest.approx(float(exact @ torch.tensor([0.0, 1, 2]).double()))
+    weight, kl, effective = tilt(values, beta)
+    assert float((weight * values).sum()) == pytest.approx(float(exact @ torch.tensor([0.0, 1, 2]).double()))
     assert float(kl) == pytest.approx(divergence(exact, torch.tensor([0.4, 0.3, 0.3]).double()))
     assert 1 <= float(effective) <= 100
 
@@ -170,5 +199,41 @@ def test_a_draw_without_a_verdict_is_never_the_best():
             value = outcome.prompts.member.float()[:, None]
             return RewardSignal(self.name, torch.where(value == 3, math.nan, value))
 
-    drawn = best_of_n(policy_of(TWO), Patchy(), [Prompt("a")], 4, 2)
+    drawn = best_of_n(policy_of(TWO), Patchy(), [Prompt("a")], 4, 2, watched=[Patchy("watched")])
     assert drawn.rewards.tolist() == [[0.0, 1.0, 2.0, -math.inf]]
+    assert drawn.watched["watched"][0, :3].tolist() == [0.0, 1.0, 2.0]
+    assert drawn.watched["watched"][0, 3].isnan()
+
+
+# ---- a trained policy beside the curve
+
+
+def test_a_policy_that_is_its_reference_has_no_divergence():
+    policy = ToyFlow()
+    policy.copies.save("base")
+    assert path_kl(policy, "base", [Prompt("0"), Prompt("1")], 6).tolist() == [0, 0]
+
+
+def test_the_divergence_of_paths_is_that_of_their_steps_added_up():
+    """A velocity off by c moves the mean of a step by slope * c in each of the latent's 16 numbers."""
+
+    class Shifted(Velocity):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, sigma, text):
+            return super().forward(x, sigma, text) + self.shift
+
+    policy, steps, shift = ToyFlow(), 5, 0.1
+    policy.module = Shifted()
+    policy.copies = Copies(policy.module)
+    policy.copies.save("base")
+    with torch.no_grad():
+        policy.module.shift.fill_(shift)
+    sigmas, nowhere = torch.linspace(1, 0, steps + 1), torch.zeros(steps - 1, 1)
+    moved = transition(nowhere, nowhere, sigmas[:-2], sigmas[1:-1], policy.noise, sigmas[1])
+    expected = (16 * (moved.slope * shift) ** 2 / (2 * moved.std**2)).sum().item()
+    found = path_kl(policy, "base", [Prompt("0"), Prompt("1"), Prompt("2")], steps, batch=2)
+    assert_close(found, torch.full((3,), expected, dtype=torch.float64), rtol=1e-4, atol=0)
+    assert policy.forwards == Forwards()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EDGE = r"mmalign\.(assembly|subjects|config|cli)"  # where a run is put together out of its parts
+# Where runs are put together out of their parts.
+EDGE = r"mmalign\.(assembly|subjects|config|cli|experiments|results|best_of_n)"
 DRAWS = r"mmalign\.(pipelines\b.*|testing|lab\.pretrain\w*)"
 REWARDS = r"mmalign\.rewardmodels\b.*"
 

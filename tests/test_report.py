@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmalign import report
-from mmalign.charts import Line, bars, chart, running_mean, ticks
+from mmalign.charts import COLORS, Line, bars, chart, figure, running_mean, ticks
 from mmalign.evaluation import Verdict, summarize
 from mmalign.grids import Panel, grid
 from mmalign.tracking import RunTracker
@@ -171,3 +171,13 @@ def test_shares_are_told_in_percent():
 @pytest.mark.parametrize(("seconds", "said"), [(5.25, "5.2 s"), (125, "2 min 05 s"), (7260, "2 h 01 min")])
 def test_durations_are_said_as_people_do(seconds, said):
     assert report.duration(seconds) == said
+
+
+def test_a_figure_is_a_picture_of_its_own():
+    lines = [Line("a < b", [0, 1.5], [0.0, 1.0], dots=True), Line("one", [1.0], [0.5], [0.4], [0.6])]
+    page = minidom.parseString(figure(lines, "score & more", "nats"))
+    told = {text.firstChild.data for text in page.getElementsByTagName("text")}
+    assert {"score & more", "nats", "a < b", "one", "0.5"} <= told
+    strokes = [path.getAttribute("stroke") for path in page.getElementsByTagName("path")]
+    assert strokes.count(COLORS[0]) == 1
+    assert strokes.count(COLORS[1]) == 2, "a point and its interval"

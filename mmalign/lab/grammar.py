@@ -18,7 +18,7 @@ def write_prompt(task: Task) -> str:
     phrases = [_phrase(group) for group in task.groups]
     if task.relations:
         return f"{phrases[0]} {task.relations[0].kind} {phrases[1]}"
-    return _listed(phrases)
+    return listed(phrases)
 
 
 def _phrase(group: Group) -> str:
@@ -27,7 +27,7 @@ def _phrase(group: Group) -> str:
     return " ".join(filter(None, (number, group.size, group.color, noun, group.place)))
 
 
-def _listed(phrases: list[str]) -> str:
+def listed(phrases: list[str]) -> str:
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
@@ -93,21 +93,21 @@ def write_caption(scene: Scene) -> str:
     facts = []
     if scene.word is not None:
         word = scene.word
-        facts.append(f'the word "{word.text}" in {word.color} {_region(word.x, word.y)}')
+        facts.append(f'the word "{word.text}" in {word.color} {region(word.x, word.y)}')
     if scene.things:
-        things = [f"a {_described(thing)} {_region(thing.x, thing.y)}" for thing in scene.things]
-        facts.append(_listed(things))
+        things = [f"a {described(thing)} {region(thing.x, thing.y)}" for thing in scene.things]
+        facts.append(listed(things))
     for pair in scene.relations():
         first, second = scene.things[pair.first], scene.things[pair.second]
-        facts.append(f"the {_described(first)} is {pair.kind} the {_described(second)}")
+        facts.append(f"the {described(first)} is {pair.kind} the {described(second)}")
     return "; ".join(facts) or "nothing"
 
 
-def _described(thing: Thing) -> str:
+def described(thing: Thing) -> str:
     return f"{thing.size} {thing.color} {thing.shape}"
 
 
-def _region(x: float, y: float) -> str:
+def region(x: float, y: float) -> str:
     """The ninth of the picture a place lies in."""
     row = ("top", "middle", "bottom")[min(int(3 * y / CANVAS), 2)]
     column = ("left", "center", "right")[min(int(3 * x / CANVAS), 2)]
