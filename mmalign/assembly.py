@@ -255,6 +255,8 @@ def composed(algorithm: Algorithm, composer: Composer) -> Algorithm:
             "this algorithm differentiates the weighted sum of its rewards: it takes neither a composition "
             "nor weights that change"
         )
+    if algorithm.credit.total is not None and (composer.rule or composer.combine):
+        raise ConfigError("this algorithm adds its rewards up in a way of its own: it takes no composition")
     changed = replace(algorithm, credit=composer.credit(algorithm.credit))
     return changed if composer.update is None else replace(changed, update=composer.update)
 
