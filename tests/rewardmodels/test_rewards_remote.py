@@ -83,7 +83,7 @@ def test_servers_must_serve_the_same_reward(server):
 
 
 def ask(server, answer, **more):
-    """The verdicts of a remote reward with a good server and one that answers by `answer`, and what it said."""
+    """The verdicts of a remote reward with one good server and one that answers so, and what it said."""
     with pretending(server, answer) as url, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = Remote("redness", (url, server.url), batch=1, **{**QUICK, **more})(pictures())
