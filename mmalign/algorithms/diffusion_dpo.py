@@ -29,7 +29,7 @@ from typing import Literal
 
 from mmalign.coupling import Coupled
 from mmalign.credit import Credit, best_and_worst, moved
-from mmalign.forward_process import Matching, preference
+from mmalign.forward_process import Matching, NormGuard, preference
 from mmalign.objectives import REFERENCE
 from mmalign.plans import forward_process
 from mmalign.records import Renoise
@@ -50,6 +50,7 @@ class DiffusionDPO:
     renoise: Renoise = field(default_factory=lambda: Renoise(4, "uniform", shared=True))
     error: Matching = field(default_factory=Matching)
     beta: float = 2000.0  # how strongly the policy is held to the base model; smaller moves further
+    norm_guard: NormGuard = field(default_factory=NormGuard)  # against velocities that grow
     refresh: int = 1  # iterations after which sampling takes over the live policy; 1 is always on policy
 
     def __post_init__(self) -> None:
@@ -69,7 +70,8 @@ class DiffusionDPO:
                 self.error.of,
                 partial(preference, self.beta, 0.0, REFERENCE),
                 (REFERENCE,),
-                idle_at_zero=True,
+                self.norm_guard.anchors,
+                idle_at_zero=not self.norm_guard.weight,
             ),
             noise=Noise(level=0.0),
             copies={REFERENCE: 1.0, **stale},
