@@ -25,6 +25,7 @@ ALGORITHMS: dict[str, str] = {
     "mix_grpo": "mmalign.algorithms.mix_grpo:MixGRPO",
     "pref_grpo": "mmalign.algorithms.pref_grpo:PrefGRPO",
     "refl": "mmalign.algorithms.refl:ReFL",
+    "sage_grpo": "mmalign.algorithms.sage_grpo:SAGEGRPO",
     "srpo": "mmalign.algorithms.srpo:SRPO",
     "tempflow_grpo": "mmalign.algorithms.tempflow_grpo:TempFlowGRPO",
     "trajectory_balance": "mmalign.algorithms.trajectory_balance:TrajectoryBalance",

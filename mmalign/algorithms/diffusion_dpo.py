@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from mmalign.copies import renewed
 from mmalign.coupling import Coupled
 from mmalign.credit import Credit, best_and_worst, moved
 from mmalign.forward_process import Matching, NormGuard, preference
@@ -62,7 +63,7 @@ class DiffusionDPO:
             raise ValueError("renoise.shared must be true: a pair is compared under one noise")
 
     def build(self, weights: Mapping[str, float]) -> Algorithm:
-        stale = {SAMPLER: partial(kept, self.refresh)} if self.refresh > 1 else {}
+        stale = {SAMPLER: partial(renewed, self.refresh)} if self.refresh > 1 else {}
         return Algorithm(
             plans=forward_process(self.steps, self.renoise, given=self.pairs == "given"),
             credit=Credit(weights, best_and_worst, "total_first", "whole", select=moved, learners=2),
@@ -77,8 +78,3 @@ class DiffusionDPO:
             copies={REFERENCE: 1.0, **stale},
             sampler=SAMPLER if stale else None,
         )
-
-
-def kept(refresh: int, iteration: int) -> float:
-    """How much of itself the sampling copy keeps after an iteration: all, but nothing every `refresh`-th."""
-    return 0.0 if (iteration + 1) % refresh == 0 else 1.0
