@@ -94,6 +94,21 @@ class DrawsOn(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsNext(Protocol):
+    """A policy that draws its actions from a vocabulary, and tells the distributions they were drawn from."""
+
+    def distributions(
+        self, trajectory: Trajectory, rows: Tensor, size: int
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Log-probabilities of all that could have been drawn, under the present parameters.
+
+        For actions of the samples `rows` [b], at most `size` columns at a time: which columns, and
+        [b, columns, V]. No gradient. Undefined where the mask is False.
+        """
+        ...
+
+
 class RewardModel(Protocol):
     """Scores outcomes, at whatever grain it can."""
 

@@ -193,12 +193,20 @@ class Peers:
     def __len__(self) -> int:
         return len(self.group)
 
+    def whole(self) -> bool:
+        """Whether every group lies on one process; all ranks must ask."""
+        number = torch.unique(self.group, return_inverse=True)[1]
+        size, here = number.bincount(), number[self.mine].bincount(minlength=int(number.max()) + 1)
+        return bool(self._gather(((here == 0) | (here == size)).all()[None]).all())
+
     def all(self, rows: Tensor) -> Tensor:
         """Own rows [B, ...] to those of all ranks [N, ...], on the CPU; shorter rows are padded with 0."""
         return self._gather(rows.detach().cpu())[self._order]
 
 
 Read = Callable[[RewardSignal, Trajectory, Peers], RewardSignal]
+# (all rewards that count, trajectory, peers) -> the verdict on each sample, of one unit
+Total = Callable[[Sequence[RewardSignal], Trajectory, Peers], RewardSignal]
 # (advantage [K, B, S, *site], which samples have a verdict [B], trajectory, peers) -> factor [B, S]
 Select = Callable[[Tensor, Tensor, Trajectory, Peers], Tensor]
 
@@ -264,7 +272,9 @@ class Credit:
     compare: Literal["group", "start"] = "group"
     scale: Weigh | None = None  # multiplies the bounded advantage of each action
     select: Select | None = None  # multiplies the weight of each action, once its advantage is known; 0: none
+    standardize: bool = False  # bring the added-up advantages to mean 0 and deviation 1 over the batch (GDPO)
     learners: int = 0  # members of a group that `select` leaves, where their number is known before; 0: all
+    total: Total | None = None  # with total_first: what they add up to, if not their weighted sum
 
     def __call__(
         self,
@@ -291,6 +301,8 @@ class Credit:
         values = torch.stack(_alike(rows))
         sites = [1] * (trajectory.log_prob.ndim - 2)
         counted = torch.stack([_valid(s).any(1) for s in signals]).any(0)
+        if self.standardize:
+            values = torch.stack([_standardized(one, counted, peers) for one in values])
         weight = self.weigh(trajectory).cpu().double() * counted[:, None]  # [B, S]
         if self.select is not None:
             weight = weight * self.select(values, counted, trajectory, peers)
@@ -317,7 +329,11 @@ class Credit:
         if not found:
             raise ValueError(f"at least one reward needs a weight other than 0, got {dict(self.weights)}")
         if self.combine == "total_first":
-            found = [(1.0, self._total([s for _, s in found], peers, views))]
+            counted = [s for _, s in found]
+            total = (
+                self.total(counted, trajectory, peers) if self.total else self._total(counted, peers, views)
+            )
+            found = [(1.0, total)]
         found = [(share, fold(s, views, trajectory.plan)) for share, s in found]
         if self.read is not None:
             found = [(share, self.read(s, trajectory, peers)) for share, s in found]
@@ -351,6 +367,14 @@ class Credit:
         return (units.reshape(*units.shape, *[1] * (footprint.ndim - 2)) * footprint).sum(1)
 
 
+def _standardized(values: Tensor, counted: Tensor, peers: Peers, epsilon: float = 1e-4) -> Tensor:
+    """Advantages [B, S, *site] so that over counted samples of all ranks their mean is 0, deviation 1."""
+    rows = torch.stack([values.flatten(1).mean(1), values.square().flatten(1).mean(1)], 1)
+    mean, square = peers.all(rows)[peers.all(counted.long()).bool()].mean(0)
+    scaled: Tensor = (values - mean) / ((square - mean**2).clamp(min=0).sqrt() + epsilon)
+    return scaled
+
+
 def _shared(weight: Tensor, peers: Peers, part: Tensor | None) -> Tensor:
     """The weights [B, S] of own actions, so that those of all ranks in one update sum to 1."""
     if part is None:
@@ -377,6 +401,11 @@ def fold(signal: RewardSignal, views: int, plan: Plan | None = None) -> RewardSi
     if plan is not None and plan.singular:
         where = Steps((torch.arange(views) // len(plan.strides)).expand(len(values), -1))
     return replace(signal, values=values, valid=valid, unit=Unit.COMPLETION, where=where, details=None)
+
+
+def score(signal: RewardSignal) -> Tensor:
+    """The mean of each sample's valid units, [B] in float64 on the CPU; NaN where there are none."""
+    return torch.where(_valid(signal), signal.values.cpu().double(), torch.nan).nanmean(1)
 
 
 def _alike(rows: Sequence[Tensor]) -> list[Tensor]:

@@ -27,6 +27,8 @@ CEILING = 30.0  # log-ratios above it push no further: exp(30) fits into fp32 wi
 class Objective(Protocol):
     """Losses of the picked actions, one per objective kept apart, and what was seen on the way.
 
+    Where several are kept apart and there is a pull to a reference, it is a further loss (`summed`).
+
     clip_range: the smallest deviation of the ratio from 1 that matters, None where there is none.
     idle_at_zero: an action with advantage 0 has gradient 0.
     """
@@ -164,15 +166,23 @@ def penalized(
         reference = frozen(policy, batch, REFERENCE)
     new = policy.evaluate(batch.trajectory, batch.pick)
     gained, measures = gain(new)
-    loss = -gained
+    penalty: Tensor | float = 0.0
     if kl:
         away = divergence(new, reference, kl_form).expand_as(new.log_prob)
         measures["kl"] = away.detach()
-        if batch.pull is not None:
-            away = batch.pull * away
-        # Once, not once per objective: kept-apart objectives share one pull towards the reference.
-        loss = loss + kl * away / len(loss)
-    return (loss * batch.weight).flatten(1).sum(1), measures
+        penalty = kl * (away if batch.pull is None else batch.pull * away)
+    return summed(-gained, penalty, batch.weight), measures
+
+
+def summed(loss: Tensor, penalty: Tensor | float, weight: Tensor) -> Tensor:
+    """Losses [K] of a minibatch from those of its actions [K, n, *site] and a pull on each [n, *site].
+
+    Objectives kept apart share one pull, which no balance between them may touch: then it is the last of
+    [K + 1] losses.
+    """
+    if len(loss) == 1 or not isinstance(penalty, Tensor):
+        return ((loss + penalty) * weight).flatten(1).sum(1)
+    return (torch.cat([loss, penalty[None]]) * weight).flatten(1).sum(1)
 
 
 def square_gap(velocity: Tensor, there: Tensor) -> Tensor:
@@ -191,7 +201,8 @@ class NormExcess:
     margin: float = 0.0
 
     def __call__(self, velocity: Tensor, there: Tensor) -> Tensor:
-        return torch.relu(norm_ratio(velocity, there) - 1 - self.margin) ** self.power
+        excess = norm_ratio(velocity, there) - 1 - self.margin
+        return excess.relu() ** self.power
 
 
 def norm_ratio(velocity: Tensor, there: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def win_rates(
         for other in range(len(group))
         if group[other] == group[sample] and _asked(sample, other, judge.both_orders)
     ]
-    media, place = _reachable(outcome.media, peers, gather)
+    media, place = _reachable(outcome.media, peers)
     first, second = [row for row, _ in questions], [place[other] for _, other in questions]
     answers = torch.full((len(mine), len(group)), torch.nan)
     reasons: Counter[str] = Counter()
@@ -70,12 +70,9 @@ def _asked(sample: int, other: int, both_orders: bool) -> bool:
     return both_orders or (sample < other) == ((sample + other) % 2 == 1)
 
 
-def _reachable(media: Media, peers: Peers, gather: Gather) -> tuple[Media, dict[int, int]]:
+def _reachable(media: Media, peers: Peers) -> tuple[Media, dict[int, int]]:
     """Media among which are those of all members of own groups, and the row of each by its place."""
-    number = torch.unique(peers.group, return_inverse=True)[1]
-    size, here = number.bincount(), number[peers.mine].bincount(minlength=int(number.max()) + 1)
-    whole = bool(((here == 0) | (here == size)).all())
-    if bool(gather(torch.tensor([whole])).all()):
+    if peers.whole():
         return media, {place: row for row, place in enumerate(peers.mine.tolist())}
     if not isinstance(media, Tensor):
         raise RewardError(

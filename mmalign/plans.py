@@ -30,6 +30,11 @@ def forward_process(steps: int, renoise: Renoise, given: bool = False) -> PlanAt
     return lambda iteration, seed: [Plan(steps, renoise=renoise, given=given)]
 
 
+def texts() -> PlanAt:
+    """Captioners: a text is written word by word, and every word is an action."""
+    return lambda iteration, seed: [Plan(1)]
+
+
 def window(steps: int, start: int, width: int, share_noise: bool = False, rate: float = 0.0) -> Plan:
     """`width` actions in a row; rate: see `tail_steps`."""
     tail = tail_steps(steps - start - width, rate)

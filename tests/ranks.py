@@ -11,9 +11,11 @@ from known import TWO, Judge, policy_of
 from known import source as known_source
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
+from words import Claims, Rubric, ToyWriter, Truth, pictures
 
 from mmalign.algorithms.awm import AWM
 from mmalign.algorithms.branch_grpo import BranchGRPO
+from mmalign.algorithms.claimdiff import ClaimDiffRL
 from mmalign.algorithms.crd import CRD
 from mmalign.algorithms.dance_grpo import DanceGRPO
 from mmalign.algorithms.ddpo import DDPO
@@ -23,19 +25,27 @@ from mmalign.algorithms.diffusion_dpo import DiffusionDPO
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.distill import Distill
 from mmalign.algorithms.draft import DRaFT
+from mmalign.algorithms.drpo import DRPO
 from mmalign.algorithms.flow_dppo import FlowDPPO
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.algorithms.g2rpo import G2RPO
 from mmalign.algorithms.gardo import GARDO
 from mmalign.algorithms.grpo_guard import GRPOGuard
+from mmalign.algorithms.igpo import IGPO
 from mmalign.algorithms.mix_grpo import MixGRPO
+from mmalign.algorithms.pow3r import POW3R
 from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.refl import ReFL
 from mmalign.algorithms.sage_grpo import SAGEGRPO
 from mmalign.algorithms.srpo import SRPO
 from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance
+from mmalign.algorithms.trust_grpo import TrustGRPO
+from mmalign.algorithms.tw_grpo import TWGRPO
+from mmalign.assembly import composed
+from mmalign.composition import Composer
+from mmalign.compositions import GDPO, MARBLE, Constrained, Limit, Ordered
 from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
 from mmalign.records import Outcome, Prompts, Renoise, RewardSignal
@@ -153,9 +163,76 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "updates": 1,
         "reward": Brighter(both_orders=False),
     },
+    "balanced, missing verdicts": {
+        "algorithm": DiffusionNFT(steps=3, renoise=TWICE, kl=0.1),
+        "composition": MARBLE(every=2),
+        "groups": 3,
+        "members": 4,
+        "updates": 3,
+        "reward": Patchy(),
+    },
+    "balanced ratios, split": {
+        "algorithm": FULL,
+        "composition": MARBLE(every=1),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+    },
+    "normalized over the batch, split": {
+        "algorithm": FULL,
+        "composition": GDPO(),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+    },
+    "compared in order, split": {
+        "algorithm": FULL,
+        "composition": Ordered(("redness", "brightness"), {"redness": 0.5}),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+        "reward": Patchy(),
+    },
+    "within limits": {
+        "algorithm": FULL,
+        "composition": Constrained({"brightness": Limit(0.2, above=0.5)}),
+        "groups": 4,
+        "members": 4,
+        "reward": Patchy(),
+    },
     "taught": {"algorithm": Distill(steps=3), "groups": 3, "members": 4, "updates": 1},
     "balance": {"algorithm": TrajectoryBalance(steps=3), "groups": 3, "members": 4, "updates": 1},
 }
+
+WRITING = {
+    "claims at their words": {"algorithm": ClaimDiffRL("both", kl=0.1), "reward": Claims(True, missing=0.5)},
+    "words weighed by the group": {"algorithm": TWGRPO(), "reward": Claims()},
+    "right and wrong texts": {"algorithm": DRPO(longest=8), "reward": Truth(), "groups": 1, "updates": 1},
+    "a judge that is trusted": {
+        "algorithm": TrustGRPO("claims", kl=0.0, gate=0.0, even=(0.0, 1.0)),
+        "reward": Claims(),
+        "groups": 1,
+        "updates": 1,
+    },
+    "criteria that teach": {"algorithm": POW3R(), "reward": Rubric(), "groups": 1, "updates": 1},
+    "sentences": {"algorithm": IGPO(gamma=0.7), "reward": Claims(True), "groups": 1, "updates": 1},
+}
+
+
+def writing(scenario: str, distributed: Distributed) -> dict[str, Any]:
+    """Three iterations of a method for texts, with the groups whole or split."""
+    given = WRITING[scenario]
+    rewards = [given["reward"]]
+    if isinstance(given["algorithm"], TrustGRPO):
+        rewards.append(Truth())
+    algorithm = given["algorithm"].build({reward.name: 1.0 for reward in rewards})
+    policy, notes = ToyWriter(), Notes()
+    settings = TrainingSettings(
+        iterations=3, learning_rate=1e-2, batch=5, updates=given.get("updates", 2), max_missing=1.0
+    )
+    prompts = pictures(given.get("groups", 2), 6)
+    Trainer(policy, algorithm, Scorer(rewards, 1.0), prompts, settings, distributed, notes).run()
+    return kept(policy, notes, distributed)
 
 
 def tiny(folder: Path, distributed: Distributed) -> dict[str, Any]:
@@ -188,13 +265,16 @@ def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     given = SCENARIOS[scenario]
     rewards = [Redness(), given.get("reward", Brightness())]
     watched = isinstance(given["algorithm"], GARDO)
-    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.0 if watched else 0.5})
+    weights = {"redness": {0: 1.0}, "brightness": {0: 0.0 if watched else 0.5}}
+    composer = given["composition"].build(weights) if "composition" in given else Composer(weights)
+    algorithm = composed(given["algorithm"].build(composer.shares), composer)
     policy, notes = ToyFlow(algorithm.noise), Notes()
     settings = TrainingSettings(
         iterations=3, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5
     )
     prompts = source(given["groups"], given["members"])
-    Trainer(policy, algorithm, Scorer(rewards, 0.5), prompts, settings, distributed, notes).run()
+    scorer = Scorer(rewards, 0.5)
+    Trainer(policy, algorithm, scorer, prompts, settings, distributed, notes, composer=composer).run()
     return kept(policy, notes, distributed)
 
 
@@ -227,6 +307,7 @@ if __name__ == "__main__":
     found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
     found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
     found |= {method: through(method, world) for method in THROUGH}
+    found |= {scenario: writing(scenario, world) for scenario in WRITING}
     found["tiny"] = tiny(Path(sys.argv[2]), world)
     torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
     world.close()

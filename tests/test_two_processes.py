@@ -12,13 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import SCENARIOS, THROUGH, gathered, through, tiny, train
+from ranks import SCENARIOS, THROUGH, WRITING, gathered, through, tiny, train, writing
 from torch.testing import assert_close
 
 from mmalign.distributed import Distributed
 from mmalign.testing import tiny_sd3
 
 ROOT = Path(__file__).parents[1]
+# Metrics that do not depend on how many processes share the work.
+SAME = (
+    *("reward/", "groups/", "loss", "grad_norm", "ratio", "kl", "clip", "updates", "samples"),
+    *("balance/", "composition/"),
+)
 pytestmark = pytest.mark.slow
 
 
@@ -94,9 +99,7 @@ def test_two_processes_learn_what_one_does(ranks, scenario):
     for step, metrics in one["metrics"].items():
         assert first["metrics"][step].keys() == metrics.keys()
         for name, value in metrics.items():
-            if name.startswith(
-                ("reward/", "groups/", "loss", "grad_norm", "ratio", "kl", "clip", "updates", "samples")
-            ):
+            if name.startswith(SAME):
                 assert math.isclose(first["metrics"][step][name], value, rel_tol=1e-3, abs_tol=1e-5), name
     assert second["metrics"] == {}
 
@@ -109,6 +112,20 @@ def test_two_processes_differentiate_through_a_reward_as_one_does(ranks, method)
         assert_close(first["weights"][name], weight, atol=2e-4, rtol=0)  # a step is 1e-2
     rewards = [[m["reward/value"] for m in found["metrics"].values()] for found in (one, first)]
     assert_close(*map(torch.tensor, rewards), atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:reward 'claims'")
+@pytest.mark.parametrize("scenario", WRITING)
+def test_two_processes_learn_to_write_as_one_does(ranks, scenario):
+    one, (first, second) = writing(scenario, Distributed("cpu")), [found[scenario] for found in ranks]
+    rows = [{(row["group"], row["member"]): row for row in found["rows"][0]} for found in (one, first)]
+    assert rows[0].keys() == rows[1].keys()
+    for name, row in rows[0].items():
+        for field in ("prompt", "advantage", "counted"):
+            assert rows[1][name][field] == row[field]
+    for name, weight in one["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        assert_close(first["weights"][name], weight, atol=1e-3, rtol=0)  # a step is 1e-2
 
 
 def test_two_processes_train_a_real_pipeline_as_one_does(ranks, pipeline):

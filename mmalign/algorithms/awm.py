@@ -49,6 +49,7 @@ from mmalign.objectives import (
     clipped_gain,
     frozen,
     pulled,
+    summed,
     velocity_of,
 )
 from mmalign.plans import forward_process
@@ -134,9 +135,9 @@ class MatchingRatio:
         log_ratio = (error.detach() if before is None else before) - error
         advantage = batch.advantage / self.strength
         penalty, pulls = pulled(self.anchors, held, velocity_of(now), batch.advantage)
-        loss = -clipped_gain(log_ratio, advantage, self.clip, self.clip) + penalty / len(advantage)
+        loss = -clipped_gain(log_ratio, advantage, self.clip, self.clip)
         measures = {"error": error.detach(), **_about(log_ratio.detach()), **pulls}
-        return (loss * batch.weight).sum(1), measures
+        return summed(loss, penalty, batch.weight), measures
 
 
 def mean_ratio(clip: float, strength: float, everyone: Population) -> tuple[Tensor, Measures]:

@@ -30,7 +30,7 @@ from mmalign.contracts import Policy
 from mmalign.copies import Ramp
 from mmalign.credit import Credit, zscore, zscore_batch
 from mmalign.forward_process import Matching, NormGuard, renoised
-from mmalign.objectives import OLD, REFERENCE, Anchor, Measures, anchored, frozen, pulled, velocity_of
+from mmalign.objectives import OLD, REFERENCE, Anchor, Measures, anchored, frozen, pulled, summed, velocity_of
 from mmalign.plans import forward_process
 from mmalign.records import Minibatch, Renoise
 from mmalign.sde import Noise
@@ -92,7 +92,5 @@ class NegativeAware:
         share = (0.5 + batch.advantage / (2 * self.strength)).clamp(0, 1)  # [K, n]
         loss = self.strength / self.beta * (share * good + (1 - share) * bad)
         penalty, pulls = pulled(self.anchors, held, velocity, batch.advantage)
-        # Once, not once per objective: kept-apart objectives share one pull towards the reference.
-        loss = loss + penalty / len(loss)
         measures = {"error": good.detach(), "moved": change.detach().square().flatten(1).mean(1), **pulls}
-        return (loss * batch.weight).flatten(1).sum(1), measures
+        return summed(loss, penalty, batch.weight), measures

@@ -18,7 +18,7 @@ normalized; the defaults here are ours. No code is public.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from mmalign.contracts import Policy
 from mmalign.copies import renewed
 from mmalign.credit import Credit, zscore
-from mmalign.objectives import LAST, Measures, clipped_gain, divergence, frozen, ratio_measures
+from mmalign.objectives import LAST, Measures, clipped_gain, divergence, frozen, ratio_measures, summed
 from mmalign.plans import every_step
 from mmalign.records import Minibatch, Trajectory
 from mmalign.sde import Noise, schedule
@@ -61,7 +61,10 @@ class SAGEGRPO:
 
     def build(self, weights: Mapping[str, float]) -> Algorithm:
         regions = {ANCHOR: self.anchor_kl, LAST: self.step_kl}
-        rules = {ANCHOR: partial(renewed, self.move_every), LAST: 0.0}
+        rules: dict[str, float | Callable[[int], float]] = {
+            ANCHOR: partial(renewed, self.move_every),
+            LAST: 0.0,
+        }
         return Algorithm(
             plans=every_step(self.steps, self.share_noise),
             credit=Credit(
@@ -109,10 +112,11 @@ class TrustRegions:
         }
         new = policy.evaluate(batch.trajectory, batch.pick)
         log_ratio = new.log_prob - batch.log_prob
-        loss = -clipped_gain(log_ratio, batch.advantage, self.clip, self.clip)
+        gained = clipped_gain(log_ratio, batch.advantage, self.clip, self.clip)
         measures = ratio_measures(log_ratio, self.clip, self.clip)
+        penalty: Tensor | float = 0.0
         for name, copy in there.items():
             away = divergence(new, copy).expand_as(log_ratio)
             measures[f"kl/{name}"] = away.detach()
-            loss = loss + self.regions[name] * away / len(loss)
-        return (loss * batch.weight).flatten(1).sum(1), measures
+            penalty = penalty + self.regions[name] * away
+        return summed(-gained, penalty, batch.weight), measures
