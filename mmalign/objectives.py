@@ -202,7 +202,7 @@ class NormExcess:
 
     def __call__(self, velocity: Tensor, there: Tensor) -> Tensor:
         excess = norm_ratio(velocity, there) - 1 - self.margin
-        return excess.relu() ** self.power
+        return excess.relu().pow(self.power)
 
 
 def norm_ratio(velocity: Tensor, there: Tensor) -> Tensor:
