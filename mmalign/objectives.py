@@ -207,7 +207,8 @@ class NormExcess:
 
 def norm_ratio(velocity: Tensor, there: Tensor) -> Tensor:
     """|v| / |v_copy|, [n] of [n, *latent]."""
-    return velocity.flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1).clamp(min=1e-12)
+    length: Tensor = torch.linalg.vector_norm(velocity.flatten(1), dim=1)
+    return length / torch.linalg.vector_norm(there.flatten(1), dim=1).clamp(min=1e-12)
 
 
 @dataclass(frozen=True)
