@@ -202,13 +202,13 @@ class NormExcess:
 
     def __call__(self, velocity: Tensor, there: Tensor) -> Tensor:
         excess = norm_ratio(velocity, there) - 1 - self.margin
-        return excess.relu().pow(self.power)
+        return excess.relu() ** self.power
 
 
 def norm_ratio(velocity: Tensor, there: Tensor) -> Tensor:
     """|v| / |v_copy|, [n] of [n, *latent]."""
-    length: Tensor = torch.linalg.vector_norm(velocity.flatten(1), dim=1)
-    return length / torch.linalg.vector_norm(there.flatten(1), dim=1).clamp(min=1e-12)
+    ratio: Tensor = velocity.flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return ratio
 
 
 @dataclass(frozen=True)
