@@ -37,6 +37,7 @@ from mmalign.algorithms.mix_grpo import MixGRPO
 from mmalign.algorithms.pow3r import POW3R
 from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.refl import ReFL
+from mmalign.algorithms.sage_grpo import SAGEGRPO
 from mmalign.algorithms.srpo import SRPO
 from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance
@@ -106,6 +107,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "reward": Patchy(),
     },
     "gains of steps": {"algorithm": DenseGRPO(steps=4, clip=1e-2), "groups": 3, "members": 4, "updates": 1},
+    "an anchor that moves": {
+        "algorithm": SAGEGRPO(steps=4, clip=1e-2, move_every=2),
+        "groups": 3,
+        "members": 4,
+        "updates": 3,
+    },
     "steps of DDIM without a clip": {
         "algorithm": DDPO(steps=4, clip=None, kl=0.1),
         "groups": 4,
