@@ -414,7 +414,8 @@ def _unknown_reward(name: str, settings: Mapping[str, object]) -> str | None:
     """What is wrong with the name of a reward or with the names of its settings."""
     from mmalign.rewardmodels import REWARDS
 
-    whole, name = name, name.partition("/")[0]
+    whole, kind_of = name, name.partition("/")[0]
+    name = kind_of if kind_of in REWARDS else name
     if name not in REWARDS and ":" not in name:
         return (
             f"there is no reward {name!r}{nearest(name, REWARDS)}; "

@@ -33,7 +33,8 @@ def load(name: str, /, **settings: Any) -> Reward:
     where Python looks, and then in the working directory. What stands behind a slash tells several of one
     kind apart, `remote/lab`, and is not looked at.
     """
-    name = name.partition("/")[0]
+    if (kind_of := name.partition("/")[0]) in REWARDS:
+        name = kind_of
     if name not in REWARDS and ":" not in name:
         raise ValueError(
             f"there is no reward {name!r}{_nearest(name, REWARDS)}; a reward of your own is named by the "
