@@ -13,7 +13,11 @@ from typing import Any
 from mmalign.contracts import PairwiseReward, Reward
 
 REWARDS = {
+    "caption_facts": "mmalign.rewardmodels.claimdiff:CaptionFacts",
+    "caption_length": "mmalign.rewardmodels.claimdiff:CaptionLength",
+    "claimdiff": "mmalign.rewardmodels.claimdiff:ClaimDiff",
     "conse": "mmalign.rewardmodels.conse:ConSE",
+    "holistic": "mmalign.rewardmodels.claimdiff:Holistic",
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
