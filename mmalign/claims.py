@@ -115,6 +115,8 @@ FALSE = ("hallucination", "mismatch", "incorrect", "wrong", "nonexistent", "fabr
 OMISSIONS = ("omission", "missing", "truncation", "incomplete", "partial")
 STYLE = ("style", "aesthetic", "misinterpretation", "subjective")
 
+GLUE = ("the", "and", "with", "are", "has")  # words that tell nothing of a claim
+
 _FAULT: dict[str, Any] = {
     "type": "object",
     "required": ["type", "detail", "severity"],
@@ -343,7 +345,7 @@ def _fault(given: object) -> Fault | None:
 def find(claim: str, caption: str) -> tuple[int, int] | None:
     """Characters of the caption that make a claim: its words in order, or the place that has most of them.
 
-    A place counts if it holds at least half of the claim's words of three letters or more, and no claim is
+    A place counts if it holds at least half of the claim's telling words, and no claim is
     found in a caption that shares none. The place is cut to the words in common.
     """
     words = re.findall(r"\w+", claim.lower())
@@ -352,7 +354,7 @@ def find(claim: str, caption: str) -> tuple[int, int] | None:
     exact = re.search(r"\W+".join(map(re.escape, words)), caption, re.I)
     if exact:
         return exact.span()
-    telling = {word for word in words if len(word) > 2} or set(words)
+    telling = {word for word in words if len(word) > 2 and word not in GLUE} or set(words)
     tokens = [(found[0].lower(), *found.span()) for found in re.finditer(r"\w+", caption)]
     width = len(words) + 2
     best: tuple[int, int, int] | None = None
