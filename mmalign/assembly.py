@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import yaml
 from torch import Tensor
 
 from mmalign import __version__, checkpoints, grids, report
+from mmalign.composition import Composer, Schedule
+from mmalign.compositions import Centered
 from mmalign.config import ConfigError, RunConfig
 from mmalign.contracts import PairwiseReward, PolicySettings, Reward, Writes
 from mmalign.coupling import Coupled
@@ -179,7 +181,8 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
         prepare_folder(folder, fresh)
     distributed.barrier()
     rewards, weights = make_rewards(config)
-    algorithm: Algorithm = config.algorithm.build(weights)
+    composer = compose(config, weights, [prompt.text for prompt in source.prompts])
+    algorithm = composed(config.algorithm.build(composer.shares), composer)
     check_noise(algorithm, config.training.seed)
     for written in algorithm.loaded.values():
         checkpoints.weights_of(written)
@@ -204,6 +207,7 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
         distributed,
         tracker,
         folder if write else None,
+        composer=composer,
     )
     evaluator = Evaluator(heldout, rewards, config.evaluation, distributed)
     probe(rewards, policy, evaluator)
@@ -222,15 +226,41 @@ def make_policy(
     return load_policy(settings, noise, device, seed=seed)
 
 
-def make_rewards(config: RunConfig) -> tuple[list[Reward], dict[str, float]]:
-    """The reward models, and their weights by the names that they give themselves."""
+def make_rewards(config: RunConfig) -> tuple[list[Reward], dict[str, Schedule]]:
+    """The reward models, and their weights over the iterations by the names that they give themselves."""
     rewards = [load_reward(name, **reward.settings) for name, reward in config.rewards.items()]
-    weights = {r.name: given.weight for r, given in zip(rewards, config.rewards.values(), strict=True)}
+    weights = {r.name: given.schedule for r, given in zip(rewards, config.rewards.values(), strict=True)}
     if len(weights) < len(rewards):
         raise ConfigError(f"every reward needs a name of its own, got {[r.name for r in rewards]}")
-    if not any(weights.values()):
-        raise ConfigError(f"rewards: at least one weight must not be 0, got {weights}")
     return rewards, weights
+
+
+def compose(config: RunConfig, weights: Mapping[str, Schedule], prompts: Sequence[str]) -> Composer:
+    """What becomes of several rewards; everything that can be wrong with it is said now."""
+    try:
+        composer = Composer(weights) if config.composition is None else config.composition.build(weights)
+    except ValueError as error:
+        raise ConfigError(f"rewards: {error}") from None
+    known = composer.rule.references if isinstance(composer.rule, Centered) else prompts
+    if missing := [text for text in prompts if text not in known]:
+        raise ConfigError(
+            f"composition.references: {len(missing)} of {len(prompts)} training prompts have no reference, "
+            f"the first is {missing[0]!r}"
+        )
+    return composer
+
+
+def composed(algorithm: Algorithm, composer: Composer) -> Algorithm:
+    """The method with what the composition changes of it."""
+    if algorithm.through is not None and (composer.rule or composer.combine or composer.scheduled):
+        raise ConfigError(
+            "this algorithm differentiates the weighted sum of its rewards: it takes neither a composition "
+            "nor weights that change"
+        )
+    if algorithm.credit.total is not None and (composer.rule or composer.combine):
+        raise ConfigError("this algorithm adds its rewards up in a way of its own: it takes no composition")
+    changed = replace(algorithm, credit=composer.credit(algorithm.credit))
+    return changed if composer.update is None else replace(changed, update=composer.update)
 
 
 def check_noise(algorithm: Algorithm, seed: int) -> None:

@@ -8,12 +8,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-OVERRIDE = re.compile(r"(policy|prompts|rewards|algorithm|training|evaluation|run)[\w.:]*=")
+OVERRIDE = re.compile(r"(policy|prompts|rewards|algorithm|composition|training|evaluation|run)[\w.:]*=")
 STOPPED = 143  # as a shell says of a process that SIGTERM ended
 Command = Callable[[argparse.Namespace], int]
 
@@ -220,10 +220,18 @@ def train_command(options: argparse.Namespace) -> int:
 
 def plan_text(config: Any, plan: dict[str, Any], notes: Sequence[str]) -> str:
     """What will happen, before it does."""
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in config.weights.items())
-    rows = {"policy": config.policy.model, "algorithm": config.method, "rewards": weights, **plan}
+    weights = ", ".join(f"{name} {weight_text(reward.schedule)}" for name, reward in config.rewards.items())
+    rows = {"policy": config.policy.model, "algorithm": config.method, "rewards": weights}
+    rows |= ({"composition": config.composed} if config.composed else {}) | plan
     width = max(map(len, rows))
     return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows.items()), *notes])
+
+
+def weight_text(schedule: Mapping[int, float]) -> str:
+    """A weight, or its values and when they are reached."""
+    if len(schedule) == 1:
+        return f"{next(iter(schedule.values())):g}"
+    return " to ".join(f"{weight:g} (at {iteration})" for iteration, weight in sorted(schedule.items()))
 
 
 def result_text(result: dict[str, Any], folder: Path) -> str:

@@ -28,6 +28,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mmalign.algorithms import ALGORITHMS
+from mmalign.compositions import COMPOSITIONS, Composition
 from mmalign.contracts import PolicySettings
 from mmalign.data import PromptSettings
 from mmalign.evaluation import EvaluationSettings
@@ -55,10 +56,16 @@ class RunSettings:
 class RewardSettings:
     """How much a reward counts, and what its constructor is given."""
 
-    weight: float = 1.0  # share in the sum; 0 watches the reward without training on it
+    # Share in the sum; 0 watches the reward without training on it. {iteration: weight} changes it during
+    # training, along straight lines between the iterations given.
+    weight: float | Mapping[int, float] = 1.0
     settings: Mapping[str, object] = field(
         default_factory=dict
     )  # every other key: a setting of the reward itself
+
+    @property
+    def schedule(self) -> Mapping[int, float]:
+        return self.weight if isinstance(self.weight, Mapping) else {0: self.weight}
 
 
 class AlgorithmSettings(Protocol):
@@ -76,21 +83,29 @@ class RunConfig:
     rewards: Mapping[str, RewardSettings]
     method: str
     algorithm: AlgorithmSettings
+    composition: Composition | None  # null: rewards are added up as the method does it
     training: TrainingSettings
     evaluation: EvaluationSettings
     run: RunSettings
 
     @property
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float | Mapping[int, float]]:
         return {name: reward.weight for name, reward in self.rewards.items()}
+
+    @property
+    def composed(self) -> str | None:
+        """The name of the composition."""
+        return next((name for name, kind in COMPOSITIONS.items() if type(self.composition) is kind), None)
 
     def to_dict(self) -> Raw:
         """The settings as plain values, in the form that `load_config` reads."""
         sections: Raw = {name: plain(getattr(self, name)) for name in SECTIONS}
         sections["rewards"] = {
-            name: {"weight": reward.weight, **plain(reward.settings)} for name, reward in self.rewards.items()
+            name: {"weight": plain(reward.weight), **plain(reward.settings)}
+            for name, reward in self.rewards.items()
         }
         sections["algorithm"] = {"name": self.method, **plain(self.algorithm)}
+        sections["composition"] = self.composition and {"name": self.composed, **plain(self.composition)}
         return {name: sections[name] for name in ORDER}
 
     def to_yaml(self) -> str:
@@ -104,7 +119,7 @@ SECTIONS: dict[str, type] = {
     "evaluation": EvaluationSettings,
     "run": RunSettings,
 }
-ORDER = ("policy", "prompts", "rewards", "algorithm", "training", "evaluation", "run")
+ORDER = ("policy", "prompts", "rewards", "algorithm", "composition", "training", "evaluation", "run")
 
 
 def plain(value: object) -> Any:
@@ -239,10 +254,11 @@ def validate(raw: Raw, source: str, changed: Sequence[Sequence[str]] = ()) -> Ru
         sections[name] = _check(raw.get(name) or {}, kind, (name,), blame, faults)
     rewards = _rewards(raw.get("rewards"), blame, faults)
     method, algorithm = _algorithm(raw.get("algorithm"), blame, faults)
+    composition = _composition(raw.get("composition"), blame, faults)
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     assert algorithm is not None
-    return RunConfig(**sections, rewards=rewards, method=method, algorithm=algorithm)
+    return RunConfig(**sections, rewards=rewards, method=method, algorithm=algorithm, composition=composition)
 
 
 def section(name: str, raw: Raw, source: str, kind: type[T]) -> T:
@@ -360,13 +376,38 @@ def _rewards(value: Any, blame: _Blame, faults: list[str]) -> dict[str, RewardSe
         source = blame("rewards", str(name))
         given = dict(given) if isinstance(given, Mapping) else {"weight": given}
         weight = given.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            faults.append(f"{source}: rewards.{name}: the weight must be a number, got {weight!r}")
+        if (known := _weight(weight)) is None:
+            faults.append(
+                f"{source}: rewards.{name}: the weight must be a number, got {weight!r}, or numbers by "
+                "iteration, such as {0: 1.0, 50: 0.2}"
+            )
             continue
         if fault := _unknown_reward(str(name), given):
             faults.append(f"{source}: {fault}")
-        rewards[str(name)] = RewardSettings(float(weight), given)
+        rewards[str(name)] = RewardSettings(known, given)
     return rewards
+
+
+def _weight(value: object) -> float | dict[int, float] | None:
+    """A weight, or weights by iteration, of what a file says; None if it is neither."""
+    if isinstance(value, Mapping) and value:
+        found = {key: _weight(item) for key, item in value.items()}
+        numbers = {int(k): v for k, v in found.items() if str(k).isdecimal() and isinstance(v, float)}
+        return numbers if len(numbers) == len(found) else None
+    return None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+
+
+def _composition(value: Any, blame: _Blame, faults: list[str]) -> Composition | None:
+    if value is None:
+        return None
+    given = dict(value) if isinstance(value, Mapping) else {"name": value}
+    name = given.pop("name", None)
+    if name not in COMPOSITIONS:
+        missing = "composition.name is missing" if name is None else f"there is no composition {name!r}"
+        faults.append(f"{blame('composition')}: {missing}{nearest(str(name), COMPOSITIONS)}")
+        return None
+    found: Composition | None = _check(given, COMPOSITIONS[name], ("composition",), blame, faults)
+    return found
 
 
 def _unknown_reward(name: str, settings: Mapping[str, object]) -> str | None:
@@ -477,7 +518,8 @@ def comments(kind: type) -> dict[str, str]:
 
 def settings_in(hint: object) -> type | None:
     """The dataclass that a type hint is or may be (`X | None`)."""
-    for part in (hint, *typing.get_args(hint)):
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    for part in (hint, *(typing.get_args(hint) if union else ())):
         if isinstance(part, type) and dataclasses.is_dataclass(part):
             return part
     return None
@@ -493,6 +535,8 @@ def type_name(hint: object) -> str:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)
         return f"list of {type_name(inner[0])}" + ("" if inner[-1] is ... else f" ({len(inner)})")
+    if typing.get_origin(hint) is Mapping:
+        return f"mapping of {type_name(typing.get_args(hint)[1])}"
     if typing.get_origin(hint) is list:
         return f"list of {type_name(typing.get_args(hint)[0])}"
     return str(hint).replace("typing.", "")
@@ -533,6 +577,9 @@ def chapters() -> Iterator[tuple[str, str, list[Field]]]:
             for method in sorted(ALGORITHMS):
                 kind = algorithm_class(method)
                 yield f"algorithm: {method}", first_sentence(kind), list(fields(kind, "algorithm"))
+        elif name == "composition":
+            for rule, made in sorted(COMPOSITIONS.items()):
+                yield f"composition: {rule}", first_sentence(made), list(fields(made, "composition"))
         elif name == "rewards":
             text = "Each reward by name: a weight, or a mapping of weight and the reward's own settings."
             rows = [_reward_rows(reward, path) for reward, path in sorted(REWARDS.items())]
@@ -609,7 +656,14 @@ def json_schema() -> Raw:
     properties: Raw = {name: _schema_of(kind, definitions) for name, kind in SECTIONS.items()}
     properties["algorithm"] = {
         "description": "What turns rewards into updates.",
-        "oneOf": [_algorithm_schema(name, definitions) for name in sorted(ALGORITHMS)],
+        "oneOf": [_named_schema(name, algorithm_class(name), definitions) for name in sorted(ALGORITHMS)],
+    }
+    properties["composition"] = {
+        "description": "What becomes of several rewards; without it they are added up as the method does it.",
+        "oneOf": [
+            {"type": "null"},
+            *(_named_schema(name, kind, definitions) for name, kind in sorted(COMPOSITIONS.items())),
+        ],
     }
     properties["rewards"] = _rewards_schema()
     return {
@@ -644,8 +698,7 @@ def _describe(kind: type, definitions: Raw) -> None:
             _describe(below, definitions)
 
 
-def _algorithm_schema(name: str, definitions: Raw) -> Raw:
-    kind = algorithm_class(name)
+def _named_schema(name: str, kind: type, definitions: Raw) -> Raw:
     _schema_of(kind, definitions)
     schema: Raw = definitions.pop(kind.__name__)
     schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
@@ -657,13 +710,15 @@ def _algorithm_schema(name: str, definitions: Raw) -> Raw:
 def _rewards_schema() -> Raw:
     from mmalign.rewardmodels import REWARDS
 
-    weight = {"type": "number", "description": comments(RewardSettings)["weight"]}
+    number: Raw = {"type": "number"}
+    by_iteration = {"type": "object", "minProperties": 1, "additionalProperties": number}
+    weight = {"anyOf": [number, by_iteration], "description": comments(RewardSettings)["weight"]}
 
     def one(settings: Raw, description: str, open_ended: bool = False) -> Raw:
         mapping = {"type": "object", "properties": {"weight": weight, **settings}}
         return {
             "description": description,
-            "anyOf": [weight, {**mapping, "additionalProperties": open_ended}],
+            "anyOf": [number, {**mapping, "additionalProperties": open_ended}],
         }
 
     known = {}

@@ -30,6 +30,11 @@ class Ramp:
         return min(self.start + self.slope * max(0, iteration - self.wait), self.most)
 
 
+def renewed(every: int, iteration: int) -> float:
+    """How much of itself a copy keeps after an iteration: all, but nothing after every `every`-th."""
+    return 0.0 if (iteration + 1) % every == 0 else 1.0
+
+
 class Copies:
     """Frozen copies of a module's trainable parameters, by name: the reference, the old policy, an average.
 

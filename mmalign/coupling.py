@@ -152,5 +152,6 @@ class Slopes:
             there = [velocity[rows, columns] for velocity in self.held]
             penalty, pulls = pulled(self.objective.anchors, there, velocity_of(now), batch.advantage)
             measures |= pulls
-            losses = losses + (penalty * batch.weight).sum() / len(losses)
+            pull = torch.as_tensor(penalty * batch.weight).sum()
+            losses = losses + pull if len(losses) == 1 else torch.cat([losses, pull[None]])
         return losses, measures

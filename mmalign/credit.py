@@ -272,6 +272,7 @@ class Credit:
     compare: Literal["group", "start"] = "group"
     scale: Weigh | None = None  # multiplies the bounded advantage of each action
     select: Select | None = None  # multiplies the weight of each action, once its advantage is known; 0: none
+    standardize: bool = False  # bring the added-up advantages to mean 0 and deviation 1 over the batch (GDPO)
     learners: int = 0  # members of a group that `select` leaves, where their number is known before; 0: all
     total: Total | None = None  # with total_first: what they add up to, if not their weighted sum
 
@@ -300,6 +301,8 @@ class Credit:
         values = torch.stack(_alike(rows))
         sites = [1] * (trajectory.log_prob.ndim - 2)
         counted = torch.stack([_valid(s).any(1) for s in signals]).any(0)
+        if self.standardize:
+            values = torch.stack([_standardized(one, counted, peers) for one in values])
         weight = self.weigh(trajectory).cpu().double() * counted[:, None]  # [B, S]
         if self.select is not None:
             weight = weight * self.select(values, counted, trajectory, peers)
@@ -362,6 +365,14 @@ class Credit:
         if self.reach == "upstream":
             footprint = footprint.flip(2).cummax(2).values.flip(2)
         return (units.reshape(*units.shape, *[1] * (footprint.ndim - 2)) * footprint).sum(1)
+
+
+def _standardized(values: Tensor, counted: Tensor, peers: Peers, epsilon: float = 1e-4) -> Tensor:
+    """Advantages [B, S, *site] so that over counted samples of all ranks their mean is 0, deviation 1."""
+    rows = torch.stack([values.flatten(1).mean(1), values.square().flatten(1).mean(1)], 1)
+    mean, square = peers.all(rows)[peers.all(counted.long()).bool()].mean(0)
+    scaled: Tensor = (values - mean) / ((square - mean**2).clamp(min=0).sqrt() + epsilon)
+    return scaled
 
 
 def _shared(weight: Tensor, peers: Peers, part: Tensor | None) -> Tensor:

@@ -71,10 +71,13 @@ class Distributed:
         return bare
 
     @contextmanager
-    def minibatch(self, module: nn.Module, last: bool) -> Iterator[None]:
-        """Around the forward and backward of a minibatch: ranks exchange gradients only in the last one."""
-        self._accelerator.sync_gradients = last
-        if last:
+    def minibatch(self, module: nn.Module, last: bool, exchange: bool = True) -> Iterator[None]:
+        """Around the forward and backward of a minibatch: ranks exchange gradients only in the last one.
+
+        exchange: whether they do at all; if not, it is for the caller to add them up by `total`.
+        """
+        self._accelerator.sync_gradients = last  # the optimizer would not step without
+        if last and exchange:
             yield
         else:
             with self._accelerator.no_sync(module):
@@ -109,6 +112,13 @@ class Distributed:
         every = self._accelerator.gather(padded[None]).cpu()  # [world, b, ...]
         parts = [every[i, :count] for i, count in enumerate(shapes[:, 0].tolist())]
         return torch.cat(parts).to(dtype)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, on its device; all ranks must have the same shape."""
+        if self.world == 1:
+            return tensor
+        summed: Tensor = self._accelerator.reduce(tensor, "sum")
+        return summed
 
     def gather_objects(self, items: Sequence[Any]) -> list[Any]:
         """The items of all ranks one after the other."""

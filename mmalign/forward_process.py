@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mmalign.coupling import Population
-from mmalign.objectives import OLD, Measures, velocity_of
+from mmalign.objectives import OLD, REFERENCE, Anchor, Measures, NormExcess, velocity_of
 from mmalign.records import Evaluation, Noised
 
 POWERS = {"elbo": -1, "one": 0, "t": 1, "t2": 2}
@@ -64,6 +64,32 @@ class Matching:
     def of(self, found: Evaluation) -> Tensor:
         """The error of what a policy found, [n]."""
         return self(*renoised(found))
+
+
+@dataclass(frozen=True)
+class NormGuard:
+    """Holds velocities to the length that those of the base model have, but only from above."""
+
+    weight: float = 0.0  # of the penalty; raise it until norm_ratio stays below 1.01; 0 saves a forward
+    power: float = 2.0  # of the relative excess; 1 also holds back small ones
+    margin: float = 0.0  # relative excess that is free
+    # of the base model; null: the policy's own. Where training without guidance starts from a model that
+    # needs it, velocities have to grow: give the guidance that they may grow to.
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.margin < 0 or not self.power >= 1:
+            raise ValueError(
+                f"weight and margin must not be negative, power at least 1, got {self.weight}, "
+                f"{self.margin}, {self.power}"
+            )
+
+    @property
+    def anchors(self) -> tuple[Anchor, ...]:
+        """The pull that it is, none where it has no weight."""
+        away = NormExcess(self.power, self.margin)
+        held = Anchor(self.weight, REFERENCE, self.guidance, name="norm_excess", away=away)
+        return (held,) if self.weight else ()
 
 
 def renoised(found: Evaluation) -> tuple[Noised, Tensor]:

@@ -39,6 +39,20 @@ class Clock:
         return {**seconds, "other": max(0.0, whole - sum(seconds.values())), "iteration": whole}
 
 
+class Running:
+    """Means of metrics that are not always there."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[float]] = {}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._seen.setdefault(name, []).append(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self._seen.items()}
+
+
 @dataclass(frozen=True)
 class Reading:
     """Of one measure over all counted actions: mean, mean and maximum of the size, mean by column of S."""

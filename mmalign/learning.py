@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,10 @@ from mmalign.copies import Copies
 from mmalign.coupling import Coupled
 from mmalign.credit import Peers
 from mmalign.distributed import Distributed
-from mmalign.health import Meter, Reading, named
+from mmalign.health import Meter, Reading, Running, named
 from mmalign.objectives import Objective
 from mmalign.records import Advantage, Minibatch, Pick, Plan, Trajectory
+from mmalign.updates import Balanced
 
 if TYPE_CHECKING:
     from mmalign.trainer import Algorithm, TrainingSettings
@@ -39,17 +41,24 @@ class Credited:
     values: Tensor
     weight: Tensor
     pull: Tensor | None
+    names: tuple[str, ...]
 
     @classmethod
     def of(cls, trajectory: Trajectory, advantage: Advantage) -> Credited:
         grid = trajectory.log_prob.shape
         pull = None if advantage.pull is None else advantage.pull.expand(grid)
-        return cls(trajectory, advantage.values.expand(-1, *grid), advantage.weight.expand(grid), pull)
+        values, weight = advantage.values.expand(-1, *grid), advantage.weight.expand(grid)
+        return cls(trajectory, values, weight, pull, advantage.names)
 
     def minibatch(self, pick: Pick, fresh: bool = False) -> Minibatch:
         at = (pick.rows, pick.columns)
         pull = None if self.pull is None else self.pull[at]
         return Minibatch(self.trajectory, pick, self.values[:, *at], self.weight[at], fresh, pull)
+
+    def speaks(self, taking: Tensor) -> Tensor:
+        """Which objectives have an advantage on an action of an update; taking: [B, S], gives [K] bool."""
+        said = (self.values != 0) & (self.weight > 0)
+        return torch.stack([(_anywhere(one) & taking).any() for one in said])
 
     def silent(self, pick: Pick, fresh: bool) -> Minibatch:
         """The same forward and backward with no weight."""
@@ -85,6 +94,10 @@ class Learner:
         optimizer = torch.optim.AdamW(
             trainable, settings.learning_rate, settings.betas, weight_decay=settings.weight_decay
         )
+        if distributed.sharded and isinstance(algorithm.update, Balanced):
+            raise ValueError(
+                "objectives can only be balanced where every rank holds all parameters, not sharded"
+            )
         policy.module, self.optimizer = distributed.prepare(policy.module, optimizer)
         self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
         if any(a is not b for a, b in zip(trainable, self.parameters, strict=True)):
@@ -128,7 +141,7 @@ class Learner:
         """
         credited, columns = Credited.of(trajectory, advantage), trajectory.mask.shape[1]
         meter, floor = (Meter(columns, self.distributed.device) for _ in range(2))
-        losses, norms = [], []
+        losses, norms, balance = [], [], Running()
         for number in range(self.settings.updates * (columns if self.algorithm.apart else 1)):
             picks = self._picks(credited, part == number)
             if picks is None:
@@ -139,7 +152,9 @@ class Learner:
             if isinstance(objective, Coupled):
                 mine = credited.weight * (part == number).to(credited.weight)
                 objective = objective.look(self.policy, batches, credited.values, mine, peers)
-            loss = self._gradient(objective, batches, [meter, floor] if fresh else [meter])
+            meters = [meter, floor] if fresh else [meter]
+            loss, found = self._gradient(objective, batches, meters, credited, part == number)
+            balance.add(found)
             if fresh and not self._floor_known:
                 self._check_floor(floor.read(self.distributed.gather).get("log_ratio"))
             norm = self.distributed.clip(self.parameters, self.settings.grad_clip)
@@ -149,6 +164,7 @@ class Learner:
         metrics = named(meter.read(self.distributed.gather), plan.sde_steps)
         if (reading := floor.read(self.distributed.gather).get("log_ratio")) is not None:
             metrics |= {"noise_floor/mean": reading.size, "noise_floor/max": reading.most}
+        metrics |= balance.means()
         if losses:
             total = self.distributed.gather(torch.tensor([losses], dtype=torch.float64)).sum(0)
             metrics |= {"loss": total.mean().item(), "grad_norm": sum(norms) / len(norms)}
@@ -182,20 +198,35 @@ class Learner:
             for pick in picks
         ]
 
-    def _gradient(self, objective: Objective, batches: list[Minibatch], meters: list[Meter]) -> Tensor:
-        """Add up the gradient of one update; gives this rank's share of the loss."""
+    def _gradient(
+        self,
+        objective: Objective,
+        batches: list[Minibatch],
+        meters: list[Meter],
+        credited: Credited,
+        taking: Tensor,
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        """Make the gradient of one update; gives this rank's share of the loss, and metrics.
+
+        taking: [B, S], the actions of the update.
+        """
+        update, names = self.algorithm.update, credited.names
+        speaks = torch.ones(1, len(names), dtype=torch.bool)
+        if len(names) > 1:
+            speaks = self.distributed.gather(credited.speaks(taking)[None])
+        exchange = update.begin(names, speaks.any(0).tolist())
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         loss = torch.zeros((), device=self.distributed.device)
         for i, batch in enumerate(batches):
-            with self.distributed.minibatch(self.policy.module, last=i == len(batches) - 1):
+            with self.distributed.minibatch(self.policy.module, i == len(batches) - 1, exchange):
                 losses, measures = objective(self.policy, batch)
-                self.algorithm.update(losses, self.parameters, self.distributed.backward)
+                update.add(losses, self.parameters, self.distributed.backward)
             loss += losses.detach().sum()
             for meter in meters:
                 meter.add(measures, batch.weight > 0, batch.pick.columns)
-        return loss
+        return loss, update.finish(self.parameters, self.distributed.total)
 
     def _spare(self, credited: Credited, picks: list[Pick | None]) -> Pick:
         """A forward to repeat: one of this update's, else the smallest that there is."""

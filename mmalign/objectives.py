@@ -27,6 +27,8 @@ CEILING = 30.0  # log-ratios above it push no further: exp(30) fits into fp32 wi
 class Objective(Protocol):
     """Losses of the picked actions, one per objective kept apart, and what was seen on the way.
 
+    Where several are kept apart and there is a pull to a reference, it is a further loss (`summed`).
+
     clip_range: the smallest deviation of the ratio from 1 that matters, None where there is none.
     idle_at_zero: an action with advantage 0 has gradient 0.
     """
@@ -164,20 +166,54 @@ def penalized(
         reference = frozen(policy, batch, REFERENCE)
     new = policy.evaluate(batch.trajectory, batch.pick)
     gained, measures = gain(new)
-    loss = -gained
+    penalty: Tensor | float = 0.0
     if kl:
         away = divergence(new, reference, kl_form).expand_as(new.log_prob)
         measures["kl"] = away.detach()
-        if batch.pull is not None:
-            away = batch.pull * away
-        # Once, not once per objective: kept-apart objectives share one pull towards the reference.
-        loss = loss + kl * away / len(loss)
-    return (loss * batch.weight).flatten(1).sum(1), measures
+        penalty = kl * (away if batch.pull is None else batch.pull * away)
+    return summed(-gained, penalty, batch.weight), measures
+
+
+def summed(loss: Tensor, penalty: Tensor | float, weight: Tensor) -> Tensor:
+    """Losses [K] of a minibatch from those of its actions [K, n, *site] and a pull on each [n, *site].
+
+    Objectives kept apart share one pull, which no balance between them may touch: then it is the last of
+    [K + 1] losses.
+    """
+    if len(loss) == 1 or not isinstance(penalty, Tensor):
+        return ((loss + penalty) * weight).flatten(1).sum(1)
+    return (torch.cat([loss, penalty[None]]) * weight).flatten(1).sum(1)
+
+
+def square_gap(velocity: Tensor, there: Tensor) -> Tensor:
+    """mean |v - v_copy|^2, [n] of [n, *latent]."""
+    return (velocity - there).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class NormExcess:
+    """max(0, |v| / |v_copy| - 1 - margin)^power (NormGuard, arXiv:2606.27771); [n] of [n, *latent].
+
+    The paper says hinge on the excess of the norm; that it is relative, and its power, are our choice.
+    """
+
+    power: float = 2.0
+    margin: float = 0.0
+
+    def __call__(self, velocity: Tensor, there: Tensor) -> Tensor:
+        excess = norm_ratio(velocity, there) - 1 - self.margin
+        return excess.relu() ** self.power
+
+
+def norm_ratio(velocity: Tensor, there: Tensor) -> Tensor:
+    """|v| / |v_copy|, [n] of [n, *latent]."""
+    ratio: Tensor = velocity.flatten(1).norm(dim=1) / there.flatten(1).norm(dim=1).clamp(min=1e-12)
+    return ratio
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A pull of the velocity towards that of a frozen copy: weight mean |v - v_copy|^2.
+    """A pull of the velocity towards that of a frozen copy: weight times `away`, mean |v - v_copy|^2.
 
     guidance: of the copy's forward; None is the policy's own. scale: of the weight, from the advantage [n].
     name: under which the distance is logged.
@@ -188,10 +224,20 @@ class Anchor:
     guidance: float | None = None
     scale: Callable[[Tensor], Tensor] | None = None
     name: str = "kl"
+    away: Callable[[Tensor, Tensor], Tensor] = square_gap
 
     def velocity(self, policy: Policy, batch: Minibatch) -> Tensor:
         """Where it pulls to; to be asked before there is a graph of the live parameters."""
         return velocity_of(frozen(policy, batch, self.copy, self.guidance))
+
+
+def anchored(anchors: Sequence[Anchor], policy: Policy, batch: Minibatch) -> list[Tensor]:
+    """Where each anchor pulls to; a copy is asked once for all that pull to it."""
+    asked: dict[tuple[str, float | None], Tensor] = {}
+    for anchor in anchors:
+        if (anchor.copy, anchor.guidance) not in asked:
+            asked[anchor.copy, anchor.guidance] = anchor.velocity(policy, batch)
+    return [asked[anchor.copy, anchor.guidance] for anchor in anchors]
 
 
 def pulled(
@@ -201,8 +247,10 @@ def pulled(
     penalty: Tensor | float = 0.0
     measures: Measures = {}
     for anchor, there in zip(anchors, held, strict=True):
-        away = (velocity - there).square().flatten(1).mean(1)
+        away = anchor.away(velocity, there)
         measures[anchor.name] = away.detach()
+        if anchor.copy == REFERENCE:
+            measures["norm_ratio"] = norm_ratio(velocity.detach(), there)
         scale = anchor.scale(advantage.mean(0)) if anchor.scale else 1.0
         penalty = penalty + anchor.weight * scale * away
     return penalty, measures

@@ -127,6 +127,13 @@ def transition(
     return Transition(mean, std, std / d.sqrt(), d, d + pull * (1 - s))
 
 
+def schedule(sigmas: Tensor, noise: Noise) -> Transition:
+    """Every step of a schedule [T + 1] from nowhere: std, slope and the like are [T, 1], on the CPU."""
+    sigmas = sigmas.cpu()
+    nowhere = torch.zeros(len(sigmas) - 1, 1)
+    return transition(nowhere, nowhere, sigmas[:-1], sigmas[1:], noise, sigmas[1])
+
+
 def log_q(sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """Logarithm of q = u (1 - t) / (t (1 - u)), to which a step from t to u shrinks noise against signal."""
     d = sigma - sigma_next

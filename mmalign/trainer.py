@@ -6,7 +6,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from mmalign import checkpoints
+from mmalign.composition import Composer
 from mmalign.contracts import Key, LearnedReward, Policy
 from mmalign.coupling import Coupled
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed, local
 from mmalign.gradients import Differentiated
-from mmalign.health import Clock, peak_memory
+from mmalign.health import Clock, Running, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
 from mmalign.plans import PlanAt
@@ -136,7 +137,8 @@ class Trainer:
     left off.
 
     run_dir: where checkpoints go; None makes none. evaluate: called after each iteration with their number;
-    its metrics join those of the iteration.
+    its metrics join those of the iteration. composer: what becomes of several rewards; None: as the method's
+    credit says.
     """
 
     def __init__(
@@ -150,9 +152,11 @@ class Trainer:
         tracker: Tracker | None = None,
         run_dir: Path | None = None,
         evaluate: Evaluate | None = None,
+        composer: Composer | None = None,
     ) -> None:
         self.policy, self.algorithm, self.scorer, self.prompts = policy, algorithm, scorer, prompts
         self.settings, self.run_dir, self.evaluate = settings, run_dir, evaluate
+        self.composer = composer or Composer({n: {0: w} for n, w in algorithm.credit.weights.items()})
         self.distributed = distributed or Distributed("cpu")
         self.tracker = tracker if tracker is not None and self.distributed.is_main else NoTracker()
         self.iteration = 0
@@ -239,11 +243,11 @@ class Trainer:
             peers = Peers(prompts, self.distributed.gather)
         plans = self.algorithm.plans(iteration, self.settings.seed)
         measured = [self._follow(plan, prompts, peers, (iteration, i)) for i, plan in enumerate(plans)]
-        metrics = {
-            name: sum(found) / len(found)
-            for name in dict.fromkeys(name for one in measured for name in one)
-            if (found := [one[name] for one in measured if name in one])
-        }
+        running = Running()
+        for one in measured:
+            running.add(one)
+        metrics = running.means()
+        metrics |= self.composer.close()
         if self.algorithm.memory is not None:
             metrics |= self.algorithm.memory.note(iteration, metrics)
         for name, rule in self.algorithm.copies.items():
@@ -272,13 +276,16 @@ class Trainer:
             scores = self.scorer(trajectory.outcome, self.distributed.gather)
         with self.clock("credit"):
             part = self._parts(trajectory, peers)
-            advantage = self.algorithm.credit(scores.signals, trajectory, self.policy.locate, peers, part)
+            composed = self.composer(scores.signals, trajectory.outcome, peers, place[0])
+            credit = replace(self.algorithm.credit, weights=composed.weights)
+            advantage = credit(composed.signals, trajectory, self.policy.locate, peers, part)
             if self.algorithm.refine is not None:
                 advantage = self.algorithm.refine(self.policy, trajectory, advantage, peers)
             metrics = summarize(scores, peers, trajectory.outcome.views, self.distributed.gather_objects)
+            metrics |= composed.metrics
             metrics |= self._about(advantage, peers)
             if self.algorithm.memory is not None:
-                metrics |= self.algorithm.memory.observe(scores.signals, trajectory, peers)
+                metrics |= self.algorithm.memory.observe(composed.signals, trajectory, peers)
         with self.clock("update"):
             metrics |= self.learner.learn(trajectory, advantage, part, plan, peers, sampler is None)
         with self.clock("fit"):
@@ -335,6 +342,8 @@ class Trainer:
             "bad": self.learner.bad,
             "bad_in_a_row": self.learner.bad_in_a_row,
             "memory": self.algorithm.memory.state_dict() if self.algorithm.memory is not None else None,
+            "update": self.algorithm.update.state_dict(),
+            "composition": self.composer.state_dict(),
             "seconds": dict(self.seconds),
             "forwards": self._forwards(),
             "ranks": own,
@@ -394,6 +403,8 @@ class Trainer:
         self.seconds = dict(state["seconds"])
         if self.algorithm.memory is not None:
             self.algorithm.memory.load_state_dict(state["memory"])
+        self.algorithm.update.load_state_dict(state["update"])
+        self.composer.load_state_dict(state["composition"])
         if len(state["ranks"]) != self.distributed.world:
             warnings.warn(
                 f"{folder} was written by {len(state['ranks'])} processes and is read by "

@@ -13,7 +13,9 @@ from typing import Any
 from mmalign.contracts import PairwiseReward, Reward
 
 REWARDS = {
+    "colorfulness": "mmalign.rewardmodels.statistics:Colorfulness",
     "conse": "mmalign.rewardmodels.conse:ConSE",
+    "contrast": "mmalign.rewardmodels.statistics:Contrast",
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",

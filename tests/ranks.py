@@ -37,11 +37,15 @@ from mmalign.algorithms.mix_grpo import MixGRPO
 from mmalign.algorithms.pow3r import POW3R
 from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.refl import ReFL
+from mmalign.algorithms.sage_grpo import SAGEGRPO
 from mmalign.algorithms.srpo import SRPO
 from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance
 from mmalign.algorithms.trust_grpo import TrustGRPO
 from mmalign.algorithms.tw_grpo import TWGRPO
+from mmalign.assembly import composed
+from mmalign.composition import Composer
+from mmalign.compositions import GDPO, MARBLE, Constrained, Limit, Ordered
 from mmalign.contracts import Policy
 from mmalign.distributed import Distributed
 from mmalign.records import Outcome, Prompts, Renoise, RewardSignal
@@ -103,6 +107,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "reward": Patchy(),
     },
     "gains of steps": {"algorithm": DenseGRPO(steps=4, clip=1e-2), "groups": 3, "members": 4, "updates": 1},
+    "an anchor that moves": {
+        "algorithm": SAGEGRPO(steps=4, clip=1e-2, move_every=2),
+        "groups": 3,
+        "members": 4,
+        "updates": 3,
+    },
     "steps of DDIM without a clip": {
         "algorithm": DDPO(steps=4, clip=None, kl=0.1),
         "groups": 4,
@@ -152,6 +162,43 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "members": 4,
         "updates": 1,
         "reward": Brighter(both_orders=False),
+    },
+    "balanced, missing verdicts": {
+        "algorithm": DiffusionNFT(steps=3, renoise=TWICE, kl=0.1),
+        "composition": MARBLE(every=2),
+        "groups": 3,
+        "members": 4,
+        "updates": 3,
+        "reward": Patchy(),
+    },
+    "balanced ratios, split": {
+        "algorithm": FULL,
+        "composition": MARBLE(every=1),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+    },
+    "normalized over the batch, split": {
+        "algorithm": FULL,
+        "composition": GDPO(),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+    },
+    "compared in order, split": {
+        "algorithm": FULL,
+        "composition": Ordered(("redness", "brightness"), {"redness": 0.5}),
+        "groups": 3,
+        "members": 6,
+        "updates": 1,
+        "reward": Patchy(),
+    },
+    "within limits": {
+        "algorithm": FULL,
+        "composition": Constrained({"brightness": Limit(0.2, above=0.5)}),
+        "groups": 4,
+        "members": 4,
+        "reward": Patchy(),
     },
     "taught": {"algorithm": Distill(steps=3), "groups": 3, "members": 4, "updates": 1},
     "balance": {"algorithm": TrajectoryBalance(steps=3), "groups": 3, "members": 4, "updates": 1},
@@ -218,13 +265,16 @@ def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
     given = SCENARIOS[scenario]
     rewards = [Redness(), given.get("reward", Brightness())]
     watched = isinstance(given["algorithm"], GARDO)
-    algorithm = given["algorithm"].build({"redness": 1.0, "brightness": 0.0 if watched else 0.5})
+    weights = {"redness": {0: 1.0}, "brightness": {0: 0.0 if watched else 0.5}}
+    composer = given["composition"].build(weights) if "composition" in given else Composer(weights)
+    algorithm = composed(given["algorithm"].build(composer.shares), composer)
     policy, notes = ToyFlow(algorithm.noise), Notes()
     settings = TrainingSettings(
         iterations=3, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5
     )
     prompts = source(given["groups"], given["members"])
-    Trainer(policy, algorithm, Scorer(rewards, 0.5), prompts, settings, distributed, notes).run()
+    scorer = Scorer(rewards, 0.5)
+    Trainer(policy, algorithm, scorer, prompts, settings, distributed, notes, composer=composer).run()
     return kept(policy, notes, distributed)
 
 

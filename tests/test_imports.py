@@ -41,6 +41,10 @@ ONLY_FROM = {
     r"mmalign\.(records|copies|randomness|pictures)": (r"nothing", "it is the innermost"),
     r"mmalign\.(sde|solvers)": (r"mmalign\.(records|sde)", "it is arithmetic"),
     r"mmalign\.contracts": (r"mmalign\.(copies|records)", "contracts speak of records"),
+    r"mmalign\.(composition|compositions)": (
+        r"mmalign\.(composition|contracts|credit|records|updates)",
+        "what becomes of rewards knows the credit, not the loop",
+    ),
     r"mmalign\.(credit|gradients|objectives|plans|updates)": (
         r"mmalign\.(contracts|copies|randomness|records|sde)",
         "a method's parts know the contracts, not the loop",

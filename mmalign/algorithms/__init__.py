@@ -30,6 +30,7 @@ ALGORITHMS: dict[str, str] = {
     "pow3r": "mmalign.algorithms.pow3r:POW3R",
     "pref_grpo": "mmalign.algorithms.pref_grpo:PrefGRPO",
     "refl": "mmalign.algorithms.refl:ReFL",
+    "sage_grpo": "mmalign.algorithms.sage_grpo:SAGEGRPO",
     "srpo": "mmalign.algorithms.srpo:SRPO",
     "tempflow_grpo": "mmalign.algorithms.tempflow_grpo:TempFlowGRPO",
     "trajectory_balance": "mmalign.algorithms.trajectory_balance:TrajectoryBalance",

@@ -37,7 +37,7 @@ from mmalign.contracts import Policy
 from mmalign.copies import Ramp
 from mmalign.coupling import Coupled, Population
 from mmalign.credit import Credit, zscore, zscore_batch
-from mmalign.forward_process import Matching
+from mmalign.forward_process import Matching, NormGuard
 from mmalign.objectives import (
     CEILING,
     LAST,
@@ -45,9 +45,11 @@ from mmalign.objectives import (
     REFERENCE,
     Anchor,
     Measures,
+    anchored,
     clipped_gain,
     frozen,
     pulled,
+    summed,
     velocity_of,
 )
 from mmalign.plans import forward_process
@@ -67,6 +69,7 @@ class AWM:
     clip: float = 1.0  # trust region of the ratio; 1 is none above 0, 1e-5 for several updates an iteration
     kl: float = 0.001  # pull towards the base model; 0.0001 to 0.003 in the paper, 0 saves a forward
     ema_kl: float = 1.0  # pull towards the moving average of the policy, which steadies; 0 saves a forward
+    norm_guard: NormGuard = field(default_factory=NormGuard)  # against velocities that grow
     ema: Ramp = field(default_factory=lambda: Ramp(slope=0.001, most=0.3))
     std: Literal["batch", "group"] = "batch"  # whose standard deviation scales the advantage
     advantage_clip: float = 5.0  # bound on the advantage, by which it is then divided
@@ -80,7 +83,8 @@ class AWM:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
     def build(self, weights: Mapping[str, float]) -> Algorithm:
-        anchors = [Anchor(self.kl)] if self.kl else []
+        anchors = [*([Anchor(self.kl)] if self.kl else []), *self.norm_guard.anchors]
+        held = {REFERENCE: 1.0} if anchors else {}
         anchors += [Anchor(self.ema_kl, OLD, name="ema_kl")] if self.ema_kl else []
         per_draw = MatchingRatio(self.likelihood, self.clip, self.advantage_clip, tuple(anchors))
         per_sample = Coupled(
@@ -102,9 +106,7 @@ class AWM:
             ),
             objective=per_draw if self.ratio == "draw" else per_sample,
             noise=Noise(level=0.0),
-            copies={LAST: 0.0}
-            | ({REFERENCE: 1.0} if self.kl else {})
-            | ({OLD: self.ema} if self.ema_kl else {}),
+            copies={LAST: 0.0} | held | ({OLD: self.ema} if self.ema_kl else {}),
         )
 
 
@@ -126,16 +128,16 @@ class MatchingRatio:
         return not self.anchors
 
     def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]:
-        held = [anchor.velocity(policy, batch) for anchor in self.anchors]
+        held = anchored(self.anchors, policy, batch)
         before = None if batch.fresh else self.likelihood.of(frozen(policy, batch, LAST))
         now = policy.evaluate(batch.trajectory, batch.pick)
         error = self.likelihood.of(now)
         log_ratio = (error.detach() if before is None else before) - error
         advantage = batch.advantage / self.strength
         penalty, pulls = pulled(self.anchors, held, velocity_of(now), batch.advantage)
-        loss = -clipped_gain(log_ratio, advantage, self.clip, self.clip) + penalty / len(advantage)
+        loss = -clipped_gain(log_ratio, advantage, self.clip, self.clip)
         measures = {"error": error.detach(), **_about(log_ratio.detach()), **pulls}
-        return (loss * batch.weight).sum(1), measures
+        return summed(loss, penalty, batch.weight), measures
 
 
 def mean_ratio(clip: float, strength: float, everyone: Population) -> tuple[Tensor, Measures]:

@@ -27,9 +27,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from mmalign.copies import renewed
 from mmalign.coupling import Coupled
 from mmalign.credit import Credit, best_and_worst, moved
-from mmalign.forward_process import Matching, preference
+from mmalign.forward_process import Matching, NormGuard, preference
 from mmalign.objectives import REFERENCE
 from mmalign.plans import forward_process
 from mmalign.records import Renoise
@@ -50,6 +51,7 @@ class DiffusionDPO:
     renoise: Renoise = field(default_factory=lambda: Renoise(4, "uniform", shared=True))
     error: Matching = field(default_factory=Matching)
     beta: float = 2000.0  # how strongly the policy is held to the base model; smaller moves further
+    norm_guard: NormGuard = field(default_factory=NormGuard)  # against velocities that grow
     refresh: int = 1  # iterations after which sampling takes over the live policy; 1 is always on policy
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class DiffusionDPO:
             raise ValueError("renoise.shared must be true: a pair is compared under one noise")
 
     def build(self, weights: Mapping[str, float]) -> Algorithm:
-        stale = {SAMPLER: partial(kept, self.refresh)} if self.refresh > 1 else {}
+        stale = {SAMPLER: partial(renewed, self.refresh)} if self.refresh > 1 else {}
         return Algorithm(
             plans=forward_process(self.steps, self.renoise, given=self.pairs == "given"),
             credit=Credit(weights, best_and_worst, "total_first", "whole", select=moved, learners=2),
@@ -69,14 +71,10 @@ class DiffusionDPO:
                 self.error.of,
                 partial(preference, self.beta, 0.0, REFERENCE),
                 (REFERENCE,),
-                idle_at_zero=True,
+                self.norm_guard.anchors,
+                idle_at_zero=not self.norm_guard.weight,
             ),
             noise=Noise(level=0.0),
             copies={REFERENCE: 1.0, **stale},
             sampler=SAMPLER if stale else None,
         )
-
-
-def kept(refresh: int, iteration: int) -> float:
-    """How much of itself the sampling copy keeps after an iteration: all, but nothing every `refresh`-th."""
-    return 0.0 if (iteration + 1) % refresh == 0 else 1.0

@@ -29,8 +29,8 @@ from torch import Tensor
 from mmalign.contracts import Policy
 from mmalign.copies import Ramp
 from mmalign.credit import Credit, zscore, zscore_batch
-from mmalign.forward_process import Matching, renoised
-from mmalign.objectives import OLD, REFERENCE, Anchor, Measures, frozen, pulled, velocity_of
+from mmalign.forward_process import Matching, NormGuard, renoised
+from mmalign.objectives import OLD, REFERENCE, Anchor, Measures, anchored, frozen, pulled, summed, velocity_of
 from mmalign.plans import forward_process
 from mmalign.records import Minibatch, Renoise
 from mmalign.sde import Noise
@@ -47,6 +47,7 @@ class DiffusionNFT:
     beta: float = 1.0  # size of the implicit step; small is fast, near 1 is stable
     strength: float = 5.0  # advantage at which a sample counts as certainly good
     kl: float = 0.0  # pull of the velocity towards the base model; 1e-4 in the paper
+    norm_guard: NormGuard = field(default_factory=NormGuard)  # against velocities that grow
     old: Ramp = field(default_factory=lambda: Ramp(slope=0.001, most=0.5))
     std: Literal["batch", "group"] = "batch"  # whose standard deviation scales the advantage
 
@@ -59,13 +60,13 @@ class DiffusionNFT:
 
     def build(self, weights: Mapping[str, float]) -> Algorithm:
         normalize = zscore_batch if self.std == "batch" else zscore
-        anchors = (Anchor(self.kl),) if self.kl else ()
+        anchors = ((Anchor(self.kl),) if self.kl else ()) + self.norm_guard.anchors
         return Algorithm(
             plans=forward_process(self.steps, self.renoise),
             credit=Credit(weights, normalize, "total_first", "whole", clip=self.strength),
             objective=NegativeAware(self.beta, self.strength, self.error, anchors),
             noise=Noise(level=0.0),
-            copies={OLD: self.old} | ({REFERENCE: 1.0} if self.kl else {}),
+            copies={OLD: self.old} | ({REFERENCE: 1.0} if anchors else {}),
             sampler=OLD,
         )
 
@@ -83,7 +84,7 @@ class NegativeAware:
 
     def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]:
         old = velocity_of(frozen(policy, batch, OLD))
-        held = [anchor.velocity(policy, batch) for anchor in self.anchors]
+        held = anchored(self.anchors, policy, batch)
         state, velocity = renoised(policy.evaluate(batch.trajectory, batch.pick))
         change = velocity - old
         good = self.error(state, old + self.beta * change)
@@ -91,7 +92,5 @@ class NegativeAware:
         share = (0.5 + batch.advantage / (2 * self.strength)).clamp(0, 1)  # [K, n]
         loss = self.strength / self.beta * (share * good + (1 - share) * bad)
         penalty, pulls = pulled(self.anchors, held, velocity, batch.advantage)
-        # Once, not once per objective: kept-apart objectives share one pull towards the reference.
-        loss = loss + penalty / len(loss)
         measures = {"error": good.detach(), "moved": change.detach().square().flatten(1).mean(1), **pulls}
-        return (loss * batch.weight).flatten(1).sum(1), measures
+        return summed(loss, penalty, batch.weight), measures

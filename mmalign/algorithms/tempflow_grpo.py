@@ -22,14 +22,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from mmalign.credit import Credit, zscore
 from mmalign.objectives import REFERENCE, ClippedRatio, KLForm
 from mmalign.plans import in_turn
 from mmalign.records import Plan, Trajectory
-from mmalign.sde import Noise, transition
+from mmalign.sde import Noise, schedule
 from mmalign.trainer import Algorithm
 
 
@@ -83,9 +82,7 @@ class TempFlowGRPO:
 
 def noise_weights(sigmas: Tensor, noise: Noise, among: Sequence[int]) -> Tensor:
     """The std of every step of a schedule [T + 1] over their mean at the steps `among`, [T]."""
-    nowhere = torch.zeros(len(sigmas) - 1, 1)
-    sigmas = sigmas.cpu()
-    std = transition(nowhere, nowhere, sigmas[:-1], sigmas[1:], noise, sigmas[1]).std.flatten()
+    std = schedule(sigmas, noise).std.flatten()
     return std / std[list(among)].mean()
 
 

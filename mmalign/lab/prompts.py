@@ -3,14 +3,20 @@
 The lists in the repository were written by `python -m mmalign.lab.prompts assets/lab/prompts`.
 """
 
+import json
 import random
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
-from mmalign.lab.grammar import write_prompt
+from mmalign.lab.grammar import parse, write_prompt
 from mmalign.lab.tasks import CATEGORIES, MIX, sample_task
 
+# Who teaches what, where a student is distilled from two specialists.
+TEACHERS = {
+    "things": ("single_object", "counting", "colors", "text"),
+    "scenes": ("two_objects", "position", "attribute_binding"),
+}
 TRAIN, HELD_OUT, VALIDATION = 2000, 105, 105
 PATIENCE = 400  # draws without a new prompt after which a category is taken to be exhausted
 
@@ -62,15 +68,32 @@ def validation_prompts(count: int = VALIDATION) -> list[str]:
     return list_prompts(count, "train", shares, seed=1, without=frozenset(train_prompts()))
 
 
+def teacher_of(prompt: str) -> str:
+    """The specialist for a prompt of the lab."""
+    category = parse(prompt).category
+    return next(name for name, categories in TEACHERS.items() if category in categories)
+
+
 def write_lists(folder: Path) -> None:
-    """Writes train.txt, validation.txt and heldout.txt, a prompt on each line; `parse` recovers its task."""
+    """Writes train.txt, validation.txt and heldout.txt, a prompt on each line; `parse` recovers its task.
+
+    Of train and heldout also what each specialist is for (train_things.txt), and all training prompts with
+    their teacher (train_taught.jsonl).
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, prompts in (
-        ("train", train_prompts()),
-        ("validation", validation_prompts()),
-        ("heldout", held_out_prompts()),
-    ):
-        (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    lists = {"train": train_prompts(), "validation": validation_prompts(), "heldout": held_out_prompts()}
+    for name, prompts in lists.items():
+        write_lines(folder / f"{name}.txt", prompts)
+    for teacher in TEACHERS:
+        for name in ("train", "heldout"):
+            own = [prompt for prompt in lists[name] if teacher_of(prompt) == teacher]
+            write_lines(folder / f"{name}_{teacher}.txt", own)
+    taught = (json.dumps({"prompt": p, "teacher": teacher_of(p)}) for p in lists["train"])
+    write_lines(folder / "train_taught.jsonl", taught)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":
