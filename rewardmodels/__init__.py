@@ -13,7 +13,7 @@ from typing import Any
 from mmalign.contracts import PairwiseReward, Reward
 
 REWARDS = {
-    "caption_facts": "mmalign.rewardmodels.claimdiff:CaptionFacts",
+    "caption_facts": "mmalign.rewardmodels.lab_captions:CaptionFacts",
     "caption_length": "mmalign.rewardmodels.claimdiff:CaptionLength",
     "claimdiff": "mmalign.rewardmodels.claimdiff:ClaimDiff",
     "colorfulness": "mmalign.rewardmodels.statistics:Colorfulness",

@@ -17,7 +17,8 @@ from mmalign.lab.captions import Mention, as_json, describe, draw_scene, write
 from mmalign.lab.scenes import Scene, Thing
 from mmalign.records import Outcome, Prompts, Spans, Unit
 from mmalign.rewardmodels import load
-from mmalign.rewardmodels.claimdiff import CaptionFacts, CaptionLength, ClaimDiff, Holistic
+from mmalign.rewardmodels.claimdiff import CaptionLength, ClaimDiff, Holistic
+from mmalign.rewardmodels.lab_captions import CaptionFacts
 from mmalign.scoring import Scorer, judge
 from mmalign.testing import check_reward
 
