@@ -25,7 +25,7 @@ from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
 from mmalign.overlap import sample_and_judge
 from mmalign.plans import PlanAt
-from mmalign.records import Advantage, Plan, Prompts, RewardSignal, Trajectory
+from mmalign.records import Advantage, Outcome, Plan, Prompts, RewardSignal, Trajectory
 from mmalign.scoring import Scorer, Scores, summarize
 from mmalign.sde import Noise
 from mmalign.tracking import NoTracker, Tracker
@@ -304,7 +304,7 @@ class Trainer:
                     learned = reward.fit(trajectory.outcome)
                     metrics |= {f"reward/{reward.name}/fit/{name}": value for name, value in learned.items()}
         with self.clock("log"):
-            rows = rollouts(prompts, key, scores, advantage, trajectory.outcome.views, cost)
+            rows = rollouts(trajectory.outcome, key, scores, advantage, cost)
             self.tracker.rollouts(place[0], self.distributed.gather_objects(rows))
         return metrics
 
@@ -460,9 +460,10 @@ class Trainer:
 
 
 def rollouts(
-    prompts: Prompts, key: Key, scores: Scores, advantage: Advantage, views: int, cost: float
+    outcome: Outcome, key: Key, scores: Scores, advantage: Advantage, cost: float
 ) -> list[dict[str, object]]:
     """One row a sample: what it was, every reward at its own grain (None: no verdict), its advantage."""
+    prompts, views, media = outcome.prompts, outcome.views, outcome.media
     credited = advantage.values.transpose(0, 1).cpu()
     rows: list[dict[str, object]] = []
     for b, text in enumerate(prompts.text):
@@ -480,6 +481,7 @@ def rollouts(
         rows.append(
             {
                 "prompt": text,
+                **({"text": media[b * views]} if isinstance(media, list) else {}),
                 "group": int(prompts.group[b]),
                 "member": int(prompts.member[b]),
                 "key": list(key),

@@ -41,7 +41,7 @@ ONLY_BY = {
 
 # Modules -> all that they may import of this project, and why.
 ONLY_FROM = {
-    r"mmalign\.(records|copies|randomness)": (r"nothing", "it is the innermost"),
+    r"mmalign\.(records|copies|randomness|pictures)": (r"nothing", "it is the innermost"),
     r"mmalign\.(sde|solvers)": (r"mmalign\.(records|sde)", "it is arithmetic"),
     r"mmalign\.distances": (r"mmalign\.randomness", "it is arithmetic"),
     r"mmalign\.(verdicts|wire)": (r"mmalign\.(contracts|records)", "it is what records are sent as"),
@@ -63,11 +63,11 @@ ONLY_FROM = {
         "what methods share knows the contracts, not the loop",
     ),
     r"mmalign\.pipelines\b.*": (
-        r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|rollout|sde)",
+        r"mmalign\.(pipelines\b.*|contracts|copies|pictures|randomness|records|rollout|sde)",
         "a pipeline knows no reward, no credit and no loop",
     ),
     r"mmalign\.rewardmodels\b.*": (
-        r"mmalign\.(rewardmodels\b.*|contracts|records|verdicts|wire|lab\b.*)",
+        r"mmalign\.(rewardmodels\b.*|claim_rewards|claims|contracts|records|verdicts|wire|lab\b.*)",
         "a reward sees outcomes and nothing else",
     ),
     r"mmalign\.lab\b.*": (r"mmalign\.(lab\b.*|randomness)", "the lab stands alone"),
