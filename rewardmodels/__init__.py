@@ -22,6 +22,7 @@ REWARDS = {
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
     "preference": "mmalign.rewardmodels.preference:Preference",
+    "remote": "mmalign.rewardmodels.remote:Remote",
 }
 
 
@@ -29,8 +30,11 @@ def load(name: str, /, **settings: Any) -> Reward:
     """The reward of that name, made with these settings.
 
     name: one of `REWARDS`, or the path of a class, `my_pkg.my_reward:MyReward`. Its module is looked for
-    where Python looks, and then in the working directory.
+    where Python looks, and then in the working directory. What stands behind a slash tells several of one
+    kind apart, `remote/lab`, and is not looked at.
     """
+    if (kind_of := name.partition("/")[0]) in REWARDS:
+        name = kind_of
     if name not in REWARDS and ":" not in name:
         raise ValueError(
             f"there is no reward {name!r}{_nearest(name, REWARDS)}; a reward of your own is named by the "
