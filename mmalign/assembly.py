@@ -16,22 +16,23 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from mmalign import __version__, checkpoints, grids, report
 from mmalign.composition import Composer, Schedule
 from mmalign.compositions import Centered
 from mmalign.config import ConfigError, RunConfig
-from mmalign.contracts import PairwiseReward, PolicySettings, Reward
+from mmalign.contracts import PairwiseReward, PolicySettings, Reward, Writes
 from mmalign.coupling import Coupled
 from mmalign.data import PromptSource, read_prompts
 from mmalign.distributed import Distributed
 from mmalign.evaluation import Evaluator, Shown, repeat
 from mmalign.pairwise import win_rates
+from mmalign.pipelines import CaptionPolicy, pipeline_class
 from mmalign.pipelines import load as load_policy
-from mmalign.pipelines import pipeline_class
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.plans import forwards
-from mmalign.records import Outcome
+from mmalign.records import Outcome, Plan
 from mmalign.rewardmodels import load as load_reward
 from mmalign.scoring import Scorer, judge
 from mmalign.sde import Noise
@@ -49,7 +50,7 @@ class Run:
     config: RunConfig
     folder: Path
     distributed: Distributed
-    policy: FlowPolicy
+    policy: FlowPolicy | CaptionPolicy
     algorithm: Algorithm
     trainer: Trainer
     evaluator: Evaluator
@@ -186,6 +187,7 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
     for written in algorithm.loaded.values():
         checkpoints.weights_of(written)
     policy = make_policy(config.policy, algorithm.noise, distributed.device, config.training.seed)
+    check_kind(config, policy, algorithm)
     tracker: Tracker = NoTracker()
     if write and distributed.is_main:
         tracker = RunTracker(
@@ -220,7 +222,7 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
 
 def make_policy(
     settings: PolicySettings, noise: Noise, device: torch.device | str = "cpu", seed: int = 0
-) -> FlowPolicy:
+) -> FlowPolicy | CaptionPolicy:
     return load_policy(settings, noise, device, seed=seed)
 
 
@@ -268,15 +270,31 @@ def check_noise(algorithm: Algorithm, seed: int) -> None:
         )
 
 
+def check_kind(config: RunConfig, policy: FlowPolicy | CaptionPolicy, algorithm: Algorithm) -> None:
+    """Raise ConfigError where the method is of models that draw and the policy writes, or the other way."""
+    texts = algorithm.plans(0, config.training.seed) == [Plan(1)]
+    if texts != isinstance(policy, Writes):
+        kinds = ("captioners", "flow models") if texts else ("flow models", "captioners")
+        raise ConfigError(
+            f"algorithm.name: {config.method} is a method for {kinds[0]}, and policy.model "
+            f"{config.policy.model} is one of the {kinds[1]}"
+        )
+
+
 @torch.no_grad()
-def probe(rewards: Sequence[Reward], policy: FlowPolicy, evaluator: Evaluator) -> None:
-    """Show every reward two pictures, drawn in one step, so that what it cannot do comes out now."""
+def probe(rewards: Sequence[Reward], policy: FlowPolicy | CaptionPolicy, evaluator: Evaluator) -> None:
+    """Show every reward two samples, made as quickly as can be, so that what it cannot do comes out now."""
     prompts = repeat(evaluator.prompts, [0], 2)
     before = policy.forwards.sample
-    images = policy.images(prompts, 1, (0, "probe"))
+    media: Tensor | list[str]
+    if isinstance(policy, CaptionPolicy):
+        policy.check(prompts)
+        media = policy.texts(prompts, (0, "probe"))
+    else:
+        media = policy.images(prompts, 1, (0, "probe"))
     policy.forwards.sample = before
     for reward in rewards:
-        shown = Outcome(prompts, images)
+        shown = Outcome(prompts, media)
         _, reasons = win_rates(reward, shown) if isinstance(reward, PairwiseReward) else judge(reward, shown)
         raised = [reason for reason in reasons if not reason.startswith("the value is not finite")]
         if raised and sum(reasons.values()) == len(prompts):
@@ -341,12 +359,18 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
 # The plan
 
 
-def cost_of(config: RunConfig, algorithm: Algorithm, policy: FlowPolicy) -> dict[str, float]:
+def cost_of(config: RunConfig, algorithm: Algorithm, policy: FlowPolicy | CaptionPolicy) -> dict[str, float]:
     """Forwards of an iteration to sample, to train, and (at most) of frozen policies and looks ahead.
 
-    A mean over the first iterations, because windows move.
+    A mean over the first iterations, because windows move. A text costs at most a row for each of its tokens
+    to sample, and one to train.
     """
-    size, rows = config.prompts.group, policy.adapter.rows(config.policy.guidance)
+    size, frozen = config.prompts.group, len(algorithm.copies) + len(algorithm.loaded)
+    if isinstance(policy, CaptionPolicy):
+        written = float(config.prompts.per_iteration * size)
+        longest = config.policy.text.max_tokens - 1
+        return {"sample": written * longest, "train": written, "reference": written * frozen}
+    rows = policy.adapter.rows(config.policy.guidance)
     member = torch.arange(size)
     learners = member[: algorithm.credit.learners or size]
     each = algorithm.through.cost if algorithm.through is not None else lambda plan: 1
@@ -355,14 +379,14 @@ def cost_of(config: RunConfig, algorithm: Algorithm, policy: FlowPolicy) -> dict
     share = config.prompts.per_iteration * rows / iterations
     sample = sum(forwards(plan, torch.zeros_like(member), member)[0] for plan in found)
     train = sum(forwards(plan, torch.zeros_like(learners), learners, each(plan))[1] for plan in found)
-    frozen = len(algorithm.copies) + len(algorithm.loaded) + isinstance(algorithm.objective, Coupled)
+    frozen += isinstance(algorithm.objective, Coupled)
     return {"sample": share * sample, "train": share * train, "reference": share * train * frozen}
 
 
 def derive(
     config: RunConfig,
     algorithm: Algorithm,
-    policy: FlowPolicy,
+    policy: FlowPolicy | CaptionPolicy,
     cost: Mapping[str, float],
     world: int,
     prompts: int,
@@ -379,12 +403,18 @@ def derive(
     updates = f"{settings.updates}, each over {groups // settings.updates} of the groups"
     if algorithm.apart:
         updates = f"{settings.updates} for each action, each over {groups // settings.updates} of the groups"
+    if isinstance(policy, CaptionPolicy):
+        shape = {"texts": f"of at most {config.policy.text.max_tokens} tokens"}
+    else:
+        shape = {
+            "denoising steps": f"{found[0][0].steps}, of them stochastic {' or '.join(map(str, actions))}",
+            "pictures judged an iteration": f"{judged} x {samples} = {judged * samples}",
+        }
     return {
         "trained parameters": f"{trained:,} of {whole:,}",
         "prompts in an epoch": f"{prompts // groups * groups:,} of {prompts:,}",
         "samples an iteration": f"{groups} prompts x {size} = {samples}, {samples // world} a process",
-        "denoising steps": f"{found[0][0].steps}, of them stochastic {' or '.join(map(str, actions))}",
-        "pictures judged an iteration": f"{judged} x {samples} = {judged * samples}",
+        **shape,
         "updates an iteration": updates,
         "forwards an iteration": f"{cost['sample']:.0f} to sample, {cost['train']:.0f} to train"
         + (f", at most {cost['train']:.0f} of each frozen policy ({', '.join(frozen)})" if frozen else ""),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -71,6 +71,19 @@ class TimedReward:
             return self._reward(outcome)
 
 
+class Delayed:
+    """A reward that takes a given time for each sample, most of it waiting, as for a server."""
+
+    def __init__(self, reward: RewardModel, seconds: float) -> None:
+        self.name, self._reward, self._seconds = reward.name, reward, seconds
+
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        began = perf_counter()
+        signal = self._reward(outcome)
+        sleep(max(0.0, self._seconds * len(outcome.prompts) - (perf_counter() - began)))
+        return signal
+
+
 def instrument(run: Run, watch: Stopwatch) -> None:
     """Put timers around the network, its backward, VAE, text encoders, rewards and the optimizer."""
     policy, trainer = run.policy, run.trainer
@@ -83,6 +96,8 @@ def instrument(run: Run, watch: Stopwatch) -> None:
     run.distributed.backward = watch.wrap("network backward", run.distributed.backward)  # type: ignore[method-assign]
     optimizer = trainer.learner.optimizer
     optimizer.step = watch.wrap("optimizer", optimizer.step)  # type: ignore[method-assign]
+    if trainer.settings.overlap > 1:
+        return  # rewards work beside the network; what they cost is what is waited for
     trainer.scorer.rewards = [
         reward if isinstance(reward, LearnedReward | PairwiseReward) else TimedReward(reward, watch)
         for reward in trainer.scorer.rewards
@@ -111,6 +126,8 @@ def measure(config: RunConfig, iterations: int = 4, warmup: int = 1) -> dict[str
     whole = (perf_counter() - began) / iterations
     parts = {name: seconds / iterations for name, seconds in watch.seconds.items()}
     phases = {name: seconds / iterations for name, seconds in trainer.clock.lap().items()}
+    if trainer.settings.overlap > 1:
+        parts["reward"] = phases.get("reward", 0.0)
     inside = sum(parts.get(name, 0.0) for name in MODEL)
     rest = whole - sum(parts.values())
     counts = {name: (count - before[name]) / iterations for name, count in forwards_of(run).items()}
@@ -130,6 +147,59 @@ def measure(config: RunConfig, iterations: int = 4, warmup: int = 1) -> dict[str
         "peak_memory_bytes": int(metrics["memory/peak_bytes"]),
         "plan": run.plan,
     }
+
+
+def measure_overlap(config: RunConfig, parts: int, iterations: int = 4, warmup: int = 1) -> dict[str, Any]:
+    """An iteration whose reward takes as long as sampling: judged at the end, and while more is drawn.
+
+    Both ways take turns in one run, after `warmup` iterations that tell how long sampling takes; writes no
+    file.
+    """
+    training = replace(config.training, iterations=10**6, save_every=0, noise_floor="warn", overlap=1)
+    run = assemble(replace(config, training=training), write=False)
+    trainer, samples = run.trainer, config.prompts.per_iteration * config.prompts.group
+    for iteration in range(warmup + 1):
+        trainer.clock.lap()
+        trainer.step(iteration)
+    sampling = trainer.clock.lap()["sample"]
+    first, *others = (reward for reward in trainer.scorer.rewards if not isinstance(reward, PairwiseReward))
+    trainer.scorer.rewards = [Delayed(first, sampling * run.distributed.world / samples), *others]
+    seconds: dict[int, list[dict[str, float]]] = {1: [], parts: []}
+    for iteration in range(warmup + 1, warmup + 1 + iterations):
+        for overlap, laps in seconds.items():
+            trainer.settings = replace(training, overlap=overlap)
+            trainer.clock.lap()
+            trainer.step(iteration)
+            laps.append(trainer.clock.lap())
+    run.distributed.close()
+    means = {
+        overlap: {name: sum(lap.get(name, 0.0) for lap in laps) / iterations for name in laps[0]}
+        for overlap, laps in seconds.items()
+    }
+    return {
+        "recipe": config.run.dir.rpartition("/")[2],
+        "device": device_name(run.distributed.device),
+        "parts": parts,
+        "iterations": iterations,
+        "samples": samples,
+        "blocking": means[1],
+        "overlapped": means[parts],
+        "share": means[parts]["iteration"] / means[1]["iteration"],
+    }
+
+
+def print_overlap(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"one iteration of {result['recipe']}, its reward as long as sampling, {result['device']}"
+    table = Table("phase", "blocking", f"in {result['parts']} parts", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, seconds in result["blocking"].items():
+        table.add_row(name, f"{seconds:.3f} s", f"{result['overlapped'].get(name, 0.0):.3f} s")
+    table.caption = f"{result['share']:.2f} of the blocking iteration"
+    Console().print(table)
 
 
 def forwards_of(run: Run) -> dict[str, int]:

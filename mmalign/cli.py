@@ -135,8 +135,29 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
     bench.add_argument("--recipe", required=True, metavar="NAME", help="name of a recipe, or its file")
     bench.add_argument("--iterations", type=int, default=4, help="iterations that are measured (default 4)")
     bench.add_argument("--warmup", type=int, default=1, help="iterations before them (default 1)")
+    bench.add_argument(
+        "--overlap",
+        type=int,
+        metavar="PARTS",
+        help="a reward as long as sampling: judged at the end against judged in so many parts meanwhile",
+    )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     add_overrides(bench)
+
+    server = command(
+        "serve-rewards", serve_command, "Serve rewards over HTTP, for the reward `remote` of other machines."
+    )
+    server.add_argument(
+        "rewards", nargs="+", metavar="NAME", help="rewards, as name or 'name={setting: value}'"
+    )
+    server.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
+    server.add_argument("--port", type=int, default=8100, help="port to listen at (default 8100)")
+    server.add_argument(
+        "--token", default="", help="that requests must carry; better in MMALIGN_REWARD_TOKEN than here"
+    )
+    server.add_argument("--megabytes", type=float, default=256.0, help="of a request, at most (default 256)")
+    server.add_argument("--outcomes", type=int, default=4096, help="of a request, at most (default 4096)")
+    server.add_argument("--waiting", type=int, default=64, help="requests of a reward at once (default 64)")
 
     again = command("report", report_command, "Write report.json and report.html of a run's folder again.")
     again.add_argument("run", metavar="RUN", help="folder of a run")
@@ -314,8 +335,16 @@ def benchmark_command(options: argparse.Namespace) -> int:
     from mmalign.config import load_config, recipe
 
     config = early(lambda: load_config(recipe(options.recipe), options.overrides))
-    result = early(lambda: benchmark.measure(config, options.iterations, options.warmup))
-    benchmark.print_table(result)
+    if options.overlap is not None:
+        if options.overlap < 2:
+            raise Refused(f"--overlap takes 2 or more parts, got {options.overlap}")
+        result = early(
+            lambda: benchmark.measure_overlap(config, options.overlap, options.iterations, options.warmup)
+        )
+        benchmark.print_overlap(result)
+    else:
+        result = early(lambda: benchmark.measure(config, options.iterations, options.warmup))
+        benchmark.print_table(result)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     else:
@@ -328,6 +357,26 @@ def report_command(options: argparse.Namespace) -> int:
 
     early(lambda: report.write(Path(options.run)))
     print(Path(options.run) / "report.html")
+    return 0
+
+
+def serve_command(options: argparse.Namespace) -> int:
+    from mmalign import serving, subjects
+
+    def ready() -> tuple[Any, serving.ServingSettings]:
+        token = options.token or os.environ.get("MMALIGN_REWARD_TOKEN", "")
+        settings = serving.ServingSettings(token, options.megabytes, options.outcomes, options.waiting)
+        given = subjects.named_rewards(options.rewards) or {}
+        rewards = subjects.make(given)
+        made = [(reward, one.settings) for reward, one in zip(rewards, given.values(), strict=True)]
+        return serving.application(made, settings), settings
+
+    app, settings = early(ready)
+    guarded = "with a token" if settings.token else "without a token"
+    print(
+        f"serving {', '.join(options.rewards)} at http://{options.host}:{options.port}, {guarded}", flush=True
+    )
+    serving.serve(app, options.host, options.port)
     return 0
 
 

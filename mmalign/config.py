@@ -414,6 +414,8 @@ def _unknown_reward(name: str, settings: Mapping[str, object]) -> str | None:
     """What is wrong with the name of a reward or with the names of its settings."""
     from mmalign.rewardmodels import REWARDS
 
+    whole, kind_of = name, name.partition("/")[0]
+    name = kind_of if kind_of in REWARDS else name
     if name not in REWARDS and ":" not in name:
         return (
             f"there is no reward {name!r}{nearest(name, REWARDS)}; "
@@ -424,10 +426,10 @@ def _unknown_reward(name: str, settings: Mapping[str, object]) -> str | None:
     known = {f.path.rpartition(".")[2]: f for f in fields(named_class(REWARDS[name]), "")}
     for key in settings:
         if key not in known:
-            return f"rewards.{name} has no setting {key!r}{nearest(key, ['weight', *known])}"
+            return f"rewards.{whole} has no setting {key!r}{nearest(key, ['weight', *known])}"
     for key, setting in known.items():
         if setting.required and key not in settings:
-            return f"rewards.{name}.{key} is missing ({setting.meaning})"
+            return f"rewards.{whole}.{key} is missing ({setting.meaning})"
     return None
 
 
@@ -732,6 +734,8 @@ def _rewards_schema() -> Raw:
         "type": "object",
         "minProperties": 1,
         "properties": known,
-        "patternProperties": {":": one({}, "A reward of your own: package.file:Class", open_ended=True)},
+        "patternProperties": {
+            "[:/]": one({}, "A reward of your own, package.file:Class, or one of several, name/label", True)
+        },
         "additionalProperties": False,
     }

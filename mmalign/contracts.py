@@ -109,6 +109,17 @@ class TellsNext(Protocol):
         ...
 
 
+@runtime_checkable
+class Writes(Protocol):
+    """A policy whose samples are texts."""
+
+    forwards: Forwards
+
+    def texts(self, prompts: Prompts, key: Key) -> list[str]:
+        """A text for each prompt, drawn without recording actions; equal keys give equal texts."""
+        ...
+
+
 class RewardModel(Protocol):
     """Scores outcomes, at whatever grain it can."""
 
@@ -176,10 +187,31 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class TextSettings:
+    """How a model that writes, writes. Flow models have no use for it."""
+
+    max_tokens: int = 64  # longest text; what is longer is cut off there
+    temperature: float = 1.0  # of the distribution that is sampled from and learned; below 1 is less varied
+    # Draw from the likeliest tokens that hold this share of the probability. Ratios stay those of the whole
+    # distribution, so that below 1 the samples are no longer quite the policy's own: leave it at 1 to train.
+    top_p: float = 1.0
+    share_prefix: bool = True  # read picture and prompt once for a whole group, in sampling and in the update
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+
+@dataclass(frozen=True)
 class PolicySettings:
     """Which model is trained, and at what size and precision it runs."""
 
-    model: str  # local folder or hub id in diffusers format
+    # Local folder or hub id: a pipeline in diffusers format, or a captioner in transformers format.
+    model: str
     height: int | None = None  # pixels; null: the model's own size
     width: int | None = None  # pixels; null: the model's own size
     guidance: float = 1.0  # classifier-free guidance in sampling and training; 1 is off and halves the cost
@@ -189,3 +221,4 @@ class PolicySettings:
     leave_out: tuple[str, ...] = ()  # components not to load: text_encoder_3 saves the memory of T5
     gradient_checkpointing: bool = False  # saves memory, costs a third more time in the update
     lora: LoraSettings = field(default_factory=LoraSettings)
+    text: TextSettings = field(default_factory=TextSettings)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mmalign.pictures import missing
 from mmalign.randomness import generator
 from mmalign.records import Prompts
 
@@ -50,7 +51,8 @@ class Prompt:
 def read_prompts(file: Path | str) -> list[Prompt]:
     """The prompts of a .txt file, one a line, or of a .jsonl file, one object with a "prompt" a line.
 
-    An object with "chosen" and "rejected" is a pair of pictures, named by paths from the folder of the file.
+    An object may name a picture under "image", by its path from the folder of the file; a member of a zip is
+    `images.zip/0001.png`. An object with "chosen" and "rejected" is a pair of pictures, named likewise.
     """
     path = Path(file)
     if path.suffix not in (".txt", ".jsonl"):
@@ -64,7 +66,19 @@ def read_prompts(file: Path | str) -> list[Prompt]:
         raise PromptError(f"{path}: the file holds no prompts")
     read = _from_json if path.suffix == ".jsonl" else _from_text
     prompts = [read(line.strip(), f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    return [_paired(prompt, path, number) for number, prompt in enumerate(prompts, 1)]
+    found = [_paired(prompt, path, number) for number, prompt in enumerate(prompts, 1)]
+    return [_pictured(prompt, path, number) for number, prompt in enumerate(found, 1)]
+
+
+def _pictured(prompt: Prompt, path: Path, number: int) -> Prompt:
+    """A prompt whose line names a picture, by its path from the folder of the file, with the whole path."""
+    named = prompt.extra.get("image")
+    if not isinstance(named, str):
+        return prompt
+    file = str(path.parent / named)
+    if reason := missing(file):
+        raise PromptError(f"{path}, line {number}: {reason}")
+    return Prompt(prompt.text, {**prompt.extra, "image": file}, prompt.members)
 
 
 def _paired(prompt: Prompt, path: Path, number: int) -> Prompt:

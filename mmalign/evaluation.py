@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,20 +20,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from mmalign.contracts import Forwards, Key, PairwiseReward, Reward, RewardModel
+from mmalign.contracts import Forwards, Key, Media, PairwiseReward, Reward, RewardModel, Writes
 from mmalign.data import Prompt
-from mmalign.grids import Panel
+from mmalign.grids import CELL, Panel, fit, from_pil
+from mmalign.pictures import open_picture
 from mmalign.randomness import generator
 from mmalign.records import Outcome, Prompts
 from mmalign.scoring import judge as ask
 
 RESAMPLES = 2000
 POOLED = 16  # diversity looks at pictures of this size
+LINE = 30  # letters of a line under a picture
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Held-out pictures of the base and the trained policy, by the plain ODE."""
+    """Held-out pictures of the base and the trained policy by the plain ODE, or texts as they are sampled."""
 
     prompts: int = (
         64  # how many held-out prompts, evenly from the file; 0: all. Raise it for tighter intervals
@@ -116,16 +119,16 @@ class Score:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that the rewards said of one picture: values by name (NaN: no verdict), and the kind of task."""
+    """All that the rewards said of one sample: values by name (NaN: no verdict), and the kind of task."""
 
     values: Mapping[str, float]
     category: str = ""
+    text: str = ""
 
     def said(self, names: Sequence[str]) -> str:
-        """What stands under the picture, a line a reward."""
-        return "\n".join(
-            f"{name} {self.values[name]:.2f}" for name in names if math.isfinite(self.values[name])
-        )
+        """What stands under the picture: the text that was written about it, and a line a reward."""
+        scores = [f"{name} {self.values[name]:.2f}" for name in names if math.isfinite(self.values[name])]
+        return "\n".join([*textwrap.wrap(self.text, LINE), *scores])
 
 
 @dataclass(frozen=True)
@@ -199,10 +202,18 @@ def batches(count: int, size: int) -> list[Tensor]:
     return [torch.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def draw(policy: Draws, prompts: Prompts, settings: EvaluationSettings) -> Tensor:
-    """Pictures [B, 3, H, W] on the CPU; each depends on its group and member alone, not on the batch."""
+def draw(policy: Draws | Writes, prompts: Prompts, settings: EvaluationSettings) -> Media:
+    """Pictures [B, 3, H, W] on the CPU, or B texts; each depends on its group and member, not on others."""
     key: Key = (settings.seed, "evaluation")
     before = policy.forwards.sample  # those counts are of training
+    if isinstance(policy, Writes):
+        texts = [
+            text
+            for rows in batches(len(prompts), settings.batch)
+            for text in policy.texts(prompts.take(rows), key)
+        ]
+        policy.forwards.sample = before
+        return texts
     parts = [
         policy.images(prompts.take(rows), settings.steps, key, settings.guidance, settings.tuned)
         .float()
@@ -213,10 +224,15 @@ def draw(policy: Draws, prompts: Prompts, settings: EvaluationSettings) -> Tenso
     return torch.cat(parts)
 
 
+def chosen(media: Media, rows: Tensor) -> Media:
+    """The samples at `rows` [b] (int64)."""
+    return media[rows] if isinstance(media, Tensor) else [media[row] for row in rows.tolist()]
+
+
 def verdicts(
-    rewards: Sequence[RewardModel], prompts: Prompts, images: Tensor, batch: int = 64
+    rewards: Sequence[RewardModel], prompts: Prompts, media: Media, batch: int = 64
 ) -> list[Verdict]:
-    """Ask every reward about every picture; one verdict a picture.
+    """Ask every reward about every picture or text; one verdict each.
 
     A reward gives its mean over units under its own name, and every number in its details under the name
     there (with the reward's name before it if two rewards use the same one).
@@ -226,7 +242,7 @@ def verdicts(
     taken = {reward.name: "" for reward in rewards}
     for reward in rewards:
         for rows in batches(len(prompts), batch):
-            signal, _ = ask(reward, Outcome(prompts.take(rows), images[rows]))
+            signal, _ = ask(reward, Outcome(prompts.take(rows), chosen(media, rows)))
             valid = signal.valid
             assert valid is not None
             means = (signal.values.double() * valid).sum(1) / valid.sum(1)  # 0 / 0 is NaN: no verdict
@@ -300,8 +316,25 @@ def diversity(images: Tensor, group: Tensor) -> float | None:
     return float(torch.stack(distances).mean()) if distances else None
 
 
-def summarize(found: Sequence[Verdict], images: Tensor, group: Tensor) -> Evaluated:
-    """Scores over all prompts and over those of each category; images are for the diversity."""
+def wording(texts: Sequence[str], group: Tensor) -> float | None:
+    """How much the texts of one prompt differ: mean over prompts of the mean distance between two of them.
+
+    The distance of two texts is 1 minus the share of their words that both have (Jaccard). 0: all seeds give
+    the same words. None: no prompt has two.
+    """
+    words = [set(text.lower().split()) for text in texts]
+    distances = []
+    for number in sorted(set(group.tolist())):
+        members = [words[row] for row in (group == number).nonzero()[:, 0].tolist()]
+        pairs = [(a, b) for i, a in enumerate(members) for b in members[:i]]
+        if pairs:
+            apart = [1 - len(a & b) / max(1, len(a | b)) if a | b else 0.0 for a, b in pairs]
+            distances.append(sum(apart) / len(apart))
+    return sum(distances) / len(distances) if distances else None
+
+
+def summarize(found: Sequence[Verdict], media: Media, group: Tensor) -> Evaluated:
+    """Scores over all prompts and over those of each category; media are for the diversity."""
     names = list(dict.fromkeys(name for verdict in found for name in verdict.values))
     values = {
         name: torch.tensor([verdict.values.get(name, math.nan) for verdict in found], dtype=torch.float64)
@@ -316,9 +349,21 @@ def summarize(found: Sequence[Verdict], images: Tensor, group: Tensor) -> Evalua
             for name, column in values.items()
             if kinds
         },
-        diversity=diversity(images, group),
+        diversity=diversity(media, group) if isinstance(media, Tensor) else wording(media, group),
         by_prompt={name: prompt_means(column, group).tolist() for name, column in values.items()},
     )
+
+
+def described(prompts: Prompts) -> Tensor:
+    """The pictures that the prompts ask about, [B, 3, side, side], on white where they are not square."""
+    side = CELL
+    sheet = torch.ones(len(prompts), 3, side, side)
+    for row, extra in enumerate(prompts.extra):
+        picture = open_picture(str(extra["image"]))
+        picture.thumbnail((side, side))
+        pixels = from_pil(fit(picture, side) if picture.width <= side // 2 else picture)[:, :side, :side]
+        sheet[row, :, : pixels.shape[1], : pixels.shape[2]] = pixels
+    return sheet
 
 
 @dataclass(frozen=True)
@@ -358,7 +403,7 @@ class Evaluator:
         self.settings, self.distributed = settings, distributed
         self.on_grid = spread(len(self.prompts), min(settings.show, len(self.prompts)))
 
-    def scores(self, policy: Draws) -> tuple[Evaluated, Shown]:
+    def scores(self, policy: Draws | Writes) -> tuple[Evaluated, Shown]:
         """All prompts and seeds."""
         began = time.perf_counter()
         places = list(range(len(self.prompts)))
@@ -371,29 +416,38 @@ class Evaluator:
             result, seconds=seconds, forwards=len(places) * self.settings.seeds * self.settings.steps
         ), shown
 
-    def grid(self, policy: Draws) -> Shown:
+    def grid(self, policy: Draws | Writes) -> Shown:
         """Only what the grids show."""
         seeds = min(self.settings.seeds, self.settings.show_seeds)
         images, found, _, _ = self._run(policy, self.on_grid, seeds)
         return self._shown(images, found, self.on_grid, seeds, seeds)
 
     def _run(
-        self, policy: Draws, places: list[int], seeds: int
-    ) -> tuple[dict[int, Tensor], list[Verdict], Tensor, Tensor]:
-        """Pictures of the grid's prompts by place, verdicts, prompt of each, and all pictures made small."""
+        self, policy: Draws | Writes, places: list[int], seeds: int
+    ) -> tuple[dict[int, Tensor], list[Verdict], Tensor, Media]:
+        """Pictures of the grid's prompts by place, verdicts, prompt of each; small pictures, or all texts.
+
+        What is written about a picture is shown under it.
+        """
         share = -(
             -len(places) // self.distributed.world
         )  # every rank takes equally many, or they would wait for ever
         first = self.distributed.rank * share
         mine = [places[(first + i) % len(places)] for i in range(share)]
         prompts = repeat(self.prompts, mine, seeds)
-        images = draw(policy, prompts, self.settings)
+        media = draw(policy, prompts, self.settings)
         count = len(places) * seeds  # beyond it prompts come a second time
-        found = self.distributed.gather_objects(verdicts(self.rewards, prompts, images))[:count]
+        found = self.distributed.gather_objects(verdicts(self.rewards, prompts, media))[:count]
         group = self.distributed.gather(prompts.group)[:count]
-        small = self.distributed.gather(adaptive_avg_pool2d(images, POOLED))[:count]
         keep = torch.tensor([g in self.on_grid for g in prompts.group.tolist()], dtype=torch.bool)
-        kept = self.distributed.gather(images[keep])
+        small: Media
+        if isinstance(media, Tensor):
+            small = self.distributed.gather(adaptive_avg_pool2d(media, POOLED))[:count]
+            kept = self.distributed.gather(media[keep])
+        else:
+            small = self.distributed.gather_objects(media)[:count]
+            found = [replace(verdict, text=text) for verdict, text in zip(found, small, strict=True)]
+            kept = self.distributed.gather(described(prompts.take(keep.nonzero()[:, 0])))
         owner = self.distributed.gather(prompts.group[keep]).tolist()
         of_place: dict[int, list[Tensor]] = {}
         for place, image in zip(owner, kept, strict=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -36,6 +37,11 @@ def to_pil(image: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] to a picture."""
     pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """A picture in RGB to [3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
 def fit(image: Image.Image, size: int = CELL) -> Image.Image:

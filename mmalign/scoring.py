@@ -15,9 +15,11 @@ from mmalign.contracts import PairwiseReward, Reward, RewardError, RewardModel
 from mmalign.credit import Gather, Peers, alone
 from mmalign.pairwise import win_rates
 from mmalign.records import Outcome, RewardSignal
+from mmalign.verdicts import joined
 
 __all__ = ["RewardError", "Scorer", "Scores", "judge", "summarize"]
 
+Judged = tuple[RewardSignal, Counter[str]]  # a verdict, and why some of it is missing
 Objects = Callable[[Sequence[object]], list[object]]  # gathers objects of all ranks
 
 
@@ -55,9 +57,17 @@ class Scorer:
 
     def __call__(self, outcome: Outcome, gather: Gather = alone) -> Scores:
         """Verdicts on own samples; whether too many are missing is judged over all ranks."""
-        singles = [reward for reward in self.rewards if not isinstance(reward, PairwiseReward)]
+        return self.conclude(outcome, [self.singles(outcome)], gather)
+
+    def singles(self, outcome: Outcome) -> list[Judged]:
+        """What all rewards but the judges of pairs say; asks no other process, so any thread may call it."""
         ask = map if self._pool is None else self._pool.map
-        judged = iter(list(ask(lambda reward: judge(reward, outcome), singles)))
+        rewards = [reward for reward in self.rewards if not isinstance(reward, PairwiseReward)]
+        return list(ask(lambda reward: judge(reward, outcome), rewards))
+
+    def conclude(self, outcome: Outcome, parts: Sequence[Sequence[Judged]], gather: Gather = alone) -> Scores:
+        """Verdicts on own samples from what `singles` gave for the parts of the outcome, in their order."""
+        judged = iter([_together(said) for said in zip(*parts, strict=True)])
         # Judges of pairs ask other processes for members of a group, which must not happen in threads.
         found = [
             win_rates(reward, outcome, gather) if isinstance(reward, PairwiseReward) else next(judged)
@@ -93,7 +103,7 @@ class Scorer:
                     )
 
 
-def judge(reward: RewardModel, outcome: Outcome) -> tuple[RewardSignal, Counter[str]]:
+def judge(reward: RewardModel, outcome: Outcome) -> Judged:
     """One reward's verdict on the CPU, and the reasons why some of it is missing.
 
     A reward that raises on the batch is asked sample by sample, so that one bad sample costs one verdict.
@@ -143,33 +153,11 @@ def sample(outcome: Outcome, row: int) -> Outcome:
     return Outcome(outcome.prompts.take(torch.tensor([row])), media, outcome.views)
 
 
-def joined(name: str, signals: Sequence[RewardSignal]) -> RewardSignal:
-    """Verdicts on single samples as one; samples with fewer units are padded with missing ones."""
-    spoke = [bool(_valid(signal).any()) for signal in signals]
-    model = next((signal for signal, some in zip(signals, spoke, strict=True) if some), signals[0])
-    if any(some and type(s.where) is not type(model.where) for s, some in zip(signals, spoke, strict=True)):
-        raise RewardError(f"reward {name!r} places its units in different ways from sample to sample")
-    units = max(signal.values.shape[1] for signal in signals)
-
-    def places(key: str, like: Tensor) -> Tensor:
-        blank = like.new_zeros(len(signals[0].values), units, *like.shape[2:])
-        found = zip(signals, spoke, strict=True)
-        return torch.cat([_padded(getattr(s.where, key), units) if some else blank for s, some in found])
-
-    fields = {key: places(key, value) for key, value in vars(model.where).items()}
-    details = None
-    if any(signal.details is not None for signal in signals):
-        details = [
-            row for s in signals for row in (s.details if s.details is not None else [{}] * len(s.values))
-        ]
-    return RewardSignal(
-        name,
-        torch.cat([_padded(s.values, units) for s in signals]),
-        model.unit,
-        torch.cat([_padded(_valid(s), units) for s in signals]),
-        type(model.where)(**fields),
-        details,
-    )
+def _together(parts: Sequence[Judged]) -> Judged:
+    if len(parts) == 1:
+        return parts[0]
+    reasons = sum((found for _, found in parts), Counter[str]())
+    return joined(parts[0][0].name, [signal for signal, _ in parts]), reasons
 
 
 def summarize(scores: Scores, peers: Peers, views: int, objects: Objects = list) -> dict[str, float]:
@@ -240,11 +228,6 @@ def _missing(signal: RewardSignal) -> Tensor:
 def _silent(reward: RewardModel, outcome: Outcome) -> RewardSignal:
     rows = len(outcome.prompts) * outcome.views
     return RewardSignal(reward.name, torch.zeros(rows, 1), valid=torch.zeros(rows, 1, dtype=torch.bool))
-
-
-def _padded(rows: Tensor, units: int) -> Tensor:
-    filler = rows.new_zeros(len(rows), units - rows.shape[1], *rows.shape[2:])
-    return torch.cat([rows, filler], 1)
 
 
 def _reason(error: Exception) -> str:

@@ -23,8 +23,9 @@ from mmalign.gradients import Differentiated
 from mmalign.health import Clock, Running, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
+from mmalign.overlap import sample_and_judge
 from mmalign.plans import PlanAt
-from mmalign.records import Advantage, Plan, Prompts, RewardSignal, Trajectory
+from mmalign.records import Advantage, Outcome, Plan, Prompts, RewardSignal, Trajectory
 from mmalign.scoring import Scorer, Scores, summarize
 from mmalign.sde import Noise
 from mmalign.tracking import NoTracker, Tracker
@@ -53,6 +54,9 @@ class TrainingSettings:
     grad_clip: float = 1.0  # largest norm of the gradient in an update
     updates: int = 2  # optimizer updates per iteration, each over its part of the groups; 1 keeps ratios at 1
     batch: int = 16  # network rows per forward in the update; changes memory and speed, not the result
+    # Parts in which samples are drawn, each judged while the next is drawn; results stay. Raise it to 4 or 8
+    # where rewards wait for servers or have a device of their own; 1: judged when all is drawn
+    overlap: int = 1
     seed: int = 0  # of everything that is drawn: prompts, noise, windows, fresh adapters
     ema_decay: float = 0.9  # of the moving average of the parameters, with warm-up; 0: keep no average
     ema_every: int = 1  # optimizer updates between two moves of the average
@@ -64,7 +68,7 @@ class TrainingSettings:
     keep_checkpoints: int = 2  # how many to keep; 0: all
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "updates", "batch", "ema_every", "max_bad_steps"):
+        for name in ("iterations", "updates", "batch", "ema_every", "max_bad_steps", "overlap"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "save_every", "keep_checkpoints"):
@@ -267,13 +271,19 @@ class Trainer:
         """Sample under one plan and learn from it."""
         key: Key = (self.settings.seed, "sample", *place)
         before = self.policy.forwards.sample
-        with self.clock("sample"):
-            sampler = self.algorithm.sampled_by(place[0])
-            with self.policy.copies.use(sampler) if sampler else nullcontext():
-                trajectory = self.policy.sample(prompts, plan, key)
+        sampler = self.algorithm.sampled_by(place[0])
+        with self.policy.copies.use(sampler) if sampler else nullcontext():
+            trajectory, scores = sample_and_judge(
+                self.policy,
+                self.scorer,
+                prompts,
+                plan,
+                key,
+                self.settings.overlap,
+                self.clock,
+                self.distributed.gather,
+            )
         cost = (self.policy.forwards.sample - before) / max(1, len(prompts))
-        with self.clock("reward"):
-            scores = self.scorer(trajectory.outcome, self.distributed.gather)
         with self.clock("credit"):
             part = self._parts(trajectory, peers)
             composed = self.composer(scores.signals, trajectory.outcome, peers, place[0])
@@ -294,7 +304,7 @@ class Trainer:
                     learned = reward.fit(trajectory.outcome)
                     metrics |= {f"reward/{reward.name}/fit/{name}": value for name, value in learned.items()}
         with self.clock("log"):
-            rows = rollouts(prompts, key, scores, advantage, trajectory.outcome.views, cost)
+            rows = rollouts(trajectory.outcome, key, scores, advantage, cost)
             self.tracker.rollouts(place[0], self.distributed.gather_objects(rows))
         return metrics
 
@@ -450,9 +460,10 @@ class Trainer:
 
 
 def rollouts(
-    prompts: Prompts, key: Key, scores: Scores, advantage: Advantage, views: int, cost: float
+    outcome: Outcome, key: Key, scores: Scores, advantage: Advantage, cost: float
 ) -> list[dict[str, object]]:
     """One row a sample: what it was, every reward at its own grain (None: no verdict), its advantage."""
+    prompts, views, media = outcome.prompts, outcome.views, outcome.media
     credited = advantage.values.transpose(0, 1).cpu()
     rows: list[dict[str, object]] = []
     for b, text in enumerate(prompts.text):
@@ -470,6 +481,7 @@ def rollouts(
         rows.append(
             {
                 "prompt": text,
+                **({"text": media[b * views]} if isinstance(media, list) else {}),
                 "group": int(prompts.group[b]),
                 "member": int(prompts.member[b]),
                 "key": list(key),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mmalign.contracts import PolicySettings
+from mmalign.pipelines.captioner import CaptionAdapter, CaptionPolicy
 from mmalign.pipelines.flow import DTYPES, FlowAdapter, FlowPolicy
 from mmalign.sde import Noise
 
@@ -19,6 +20,7 @@ ADAPTERS = {
     "StableDiffusionPipeline": "mmalign.pipelines.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "mmalign.pipelines.sd:StableDiffusionXL",
 }
+CAPTIONER = "captioner"  # what a folder in transformers format holds
 
 
 def load(
@@ -29,22 +31,35 @@ def load(
     by_site: bool = False,
     chunk: int = 64,
     seed: int = 0,
-) -> FlowPolicy:
+) -> FlowPolicy | CaptionPolicy:
     """The policy over `settings.model`, a local folder or a hub id; errors name the setting and its mend.
 
-    by_site, chunk, seed: see `FlowPolicy`.
+    noise, by_site: of a flow model. chunk, seed: see `FlowPolicy` and `CaptionPolicy`.
     """
     if settings.precision not in DTYPES:
         raise ValueError(f"policy.precision must be one of {', '.join(DTYPES)}, got {settings.precision!r}")
-    module, _, name = ADAPTERS[pipeline_class(settings.model)].partition(":")
+    kind = pipeline_class(settings.model)
     if Path(settings.model).expanduser().is_dir():
         hide_bars()
+    if kind == CAPTIONER:
+        return CaptionPolicy(caption_adapter(settings), settings, device, chunk=chunk, seed=seed)
+    module, _, name = ADAPTERS[kind].partition(":")
     family = getattr(importlib.import_module(module), name)
     try:
         adapter: FlowAdapter = family(settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {settings.model} does not load as a pipeline: {error}") from error
     return FlowPolicy(adapter, settings, noise, device, by_site=by_site, chunk=chunk, seed=seed)
+
+
+def caption_adapter(settings: PolicySettings) -> CaptionAdapter:
+    """The adapter over a model in transformers format."""
+    from mmalign.pipelines.vlm import VisionLanguage
+
+    try:
+        return VisionLanguage(settings)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy.model: {settings.model} does not load as a captioner: {error}") from error
 
 
 def hide_bars() -> None:
@@ -57,9 +72,11 @@ def hide_bars() -> None:
 
 
 def pipeline_class(model: str) -> str:
-    """The pipeline class that a model folder or hub id names, if there is an adapter for it."""
+    """The pipeline class that a model folder or hub id names, if there is an adapter; "captioner" for one."""
     folder = Path(model).expanduser()
     if folder.is_dir():
+        if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
+            return _captioner_in(folder)
         found = _named_in(folder)
     elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         found = _named_on_hub(model)
@@ -68,7 +85,7 @@ def pipeline_class(model: str) -> str:
             f"policy.model: there is no folder {model}; name a folder in diffusers format, or a hub id such "
             "as stabilityai/stable-diffusion-3.5-medium"
         )
-    if found not in ADAPTERS:
+    if found not in ADAPTERS and found != CAPTIONER:
         known = ", ".join(sorted(ADAPTERS))
         raise ValueError(f"policy.model: {model} holds a {found}, and there are adapters for {known}")
     return str(found)
@@ -78,8 +95,8 @@ def _named_in(folder: Path) -> object:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
-            f"policy.model: {folder} is no pipeline, it has no model_index.json; name the folder that "
-            "pipeline.save_pretrained wrote"
+            f"policy.model: {folder} is no pipeline and no captioner, it has no model_index.json and "
+            "no config.json; name the folder that save_pretrained wrote"
         )
     try:
         return json.loads(index.read_text()).get("_class_name")
@@ -87,9 +104,33 @@ def _named_in(folder: Path) -> object:
         raise ValueError(f"policy.model: {index} cannot be read: {error}") from error
 
 
+def _captioner_in(folder: Path) -> str:
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"policy.model: {folder / 'config.json'} cannot be read: {error}") from error
+    return _reads_pictures(str(folder), kind)
+
+
+def _reads_pictures(model: str, kind: object) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    if kind not in NAMES:
+        raise ValueError(
+            f"policy.model: {model} holds a {kind}, which does not read pictures and write; name an "
+            "image-text-to-text model of transformers, or a pipeline of diffusers"
+        )
+    return CAPTIONER
+
+
 def _named_on_hub(model: str) -> object:
     from diffusers import DiffusionPipeline
+    from transformers import AutoConfig
 
+    try:
+        return _reads_pictures(model, AutoConfig.from_pretrained(model).model_type)
+    except (OSError, ValueError):
+        pass  # no captioner: a pipeline has no configuration of its own at the top
     try:
         return DiffusionPipeline.load_config(model).get("_class_name")
     except (OSError, ValueError) as error:

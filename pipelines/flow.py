@@ -480,17 +480,22 @@ class FlowPolicy:
 def add_lora(network: Any, settings: LoraSettings, targets: Sequence[str], seed: int) -> None:
     """Put fp32 adapters on the layers whose names end with one of `targets`; at first they change nothing.
 
-    Weights are Gaussian as in the literature (A ~ N(0, 1 / rank^2), B = 0), from streams named by the layer,
-    so that they are the same on every rank and device and at every precision.
+    network: a model of diffusers, whose own adapters they become, or any other module. Weights are Gaussian
+    as in the literature (A ~ N(0, 1 / rank^2), B = 0), from streams named by the layer, so that they are the
+    same on every rank and device and at every precision.
     """
-    from peft import LoraConfig
+    from diffusers import ModelMixin
+    from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(targets), init_lora_weights="gaussian"
     )
     with torch.random.fork_rng(devices=[]):
         try:
-            network.add_adapter(config)
+            if isinstance(network, ModelMixin):
+                network.add_adapter(config)
+            else:
+                inject_adapter_in_model(config, network)
         except ValueError as error:
             raise ValueError(f"policy.lora.targets: {list(targets)} fit no layer: {error}") from error
     for name, p in network.named_parameters():

@@ -13,15 +13,20 @@ from typing import Any
 from mmalign.contracts import PairwiseReward, Reward
 
 REWARDS = {
+    "caption_facts": "mmalign.rewardmodels.lab_captions:CaptionFacts",
+    "caption_length": "mmalign.rewardmodels.claimdiff:CaptionLength",
+    "claimdiff": "mmalign.rewardmodels.claimdiff:ClaimDiff",
     "colorfulness": "mmalign.rewardmodels.statistics:Colorfulness",
     "conse": "mmalign.rewardmodels.conse:ConSE",
     "contrast": "mmalign.rewardmodels.statistics:Contrast",
+    "holistic": "mmalign.rewardmodels.claimdiff:Holistic",
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
     "preference": "mmalign.rewardmodels.preference:Preference",
+    "remote": "mmalign.rewardmodels.remote:Remote",
 }
 
 
@@ -29,8 +34,11 @@ def load(name: str, /, **settings: Any) -> Reward:
     """The reward of that name, made with these settings.
 
     name: one of `REWARDS`, or the path of a class, `my_pkg.my_reward:MyReward`. Its module is looked for
-    where Python looks, and then in the working directory.
+    where Python looks, and then in the working directory. What stands behind a slash tells several of one
+    kind apart, `remote/lab`, and is not looked at.
     """
+    if (kind_of := name.partition("/")[0]) in REWARDS:
+        name = kind_of
     if name not in REWARDS and ":" not in name:
         raise ValueError(
             f"there is no reward {name!r}{_nearest(name, REWARDS)}; a reward of your own is named by the "

@@ -22,6 +22,9 @@ ONLY_BY = {
         r"mmalign\.tracking",
         "trackers are for tracking.py",
     ),
+    r"fastapi|uvicorn": (r"mmalign\.serving", "the server is for serving.py"),
+    r"httpx": (REWARDS, "servers are asked by rewards"),
+    r"msgpack": (rf"mmalign\.wire|{REWARDS}", "bytes are for wire.py"),
     r"diffusers|peft": (DRAWS, "models that draw are for pipelines/"),
     r"transformers": (f"{DRAWS}|{REWARDS}", "models are for pipelines/ and rewardmodels/"),
     r"timm|open_clip|torchvision": (REWARDS, "models that judge are for rewardmodels/"),
@@ -38,8 +41,9 @@ ONLY_BY = {
 
 # Modules -> all that they may import of this project, and why.
 ONLY_FROM = {
-    r"mmalign\.(records|copies|randomness)": (r"nothing", "it is the innermost"),
+    r"mmalign\.(records|copies|randomness|pictures)": (r"nothing", "it is the innermost"),
     r"mmalign\.(sde|solvers)": (r"mmalign\.(records|sde)", "it is arithmetic"),
+    r"mmalign\.(verdicts|wire)": (r"mmalign\.(contracts|records)", "it is what records are sent as"),
     r"mmalign\.contracts": (r"mmalign\.(copies|records)", "contracts speak of records"),
     r"mmalign\.(composition|compositions)": (
         r"mmalign\.(composition|contracts|credit|records|updates)",
@@ -58,11 +62,11 @@ ONLY_FROM = {
         "what methods share knows the contracts, not the loop",
     ),
     r"mmalign\.pipelines\b.*": (
-        r"mmalign\.(pipelines\b.*|contracts|copies|randomness|records|rollout|sde)",
+        r"mmalign\.(pipelines\b.*|contracts|copies|pictures|randomness|records|rollout|sde)",
         "a pipeline knows no reward, no credit and no loop",
     ),
     r"mmalign\.rewardmodels\b.*": (
-        r"mmalign\.(rewardmodels\b.*|contracts|records|lab\b.*)",
+        r"mmalign\.(rewardmodels\b.*|claim_rewards|claims|contracts|records|verdicts|wire|lab\b.*)",
         "a reward sees outcomes and nothing else",
     ),
     r"mmalign\.lab\b.*": (r"mmalign\.(lab\b.*|randomness)", "the lab stands alone"),

@@ -23,6 +23,7 @@ ALGORITHMS: dict[str, str] = {
     "flow_grpo_fast": "mmalign.algorithms.flow_grpo_fast:FlowGRPOFast",
     "g2rpo": "mmalign.algorithms.g2rpo:G2RPO",
     "gardo": "mmalign.algorithms.gardo:GARDO",
+    "grpo": "mmalign.algorithms.grpo:GRPO",
     "grpo_guard": "mmalign.algorithms.grpo_guard:GRPOGuard",
     "igpo": "mmalign.algorithms.igpo:IGPO",
     "mix_grpo": "mmalign.algorithms.mix_grpo:MixGRPO",

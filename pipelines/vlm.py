@@ -1,0 +1,169 @@
+"""Image-text-to-text models of transformers: decoders that read pictures among their tokens.
+
+One adapter serves them all, because they differ in what their processors return and not in what is done with
+it. What lies along the first axis of a processor's tensors (pictures, or the patches of pictures with their
+grid) is put one after the other, token rows are padded on the left, and the few models whose places are not a
+plain count say so themselves (`rope_deltas` of the Qwen family).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmalign.contracts import PolicySettings
+from mmalign.pipelines.captioner import Inputs, Prefix
+from mmalign.pipelines.flow import DTYPES
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SEES = (
+    "vision",
+    "visual",
+    "image",
+    "multi_modal_projector",
+    "connector",
+)  # parts of names of what stays frozen
+TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # a number for each token
+
+
+class VisionLanguage:
+    """Feeds a decoder that reads pictures among its tokens."""
+
+    def __init__(self, settings: PolicySettings) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(settings.model)
+        self.model: nn.Module = AutoModelForImageTextToText.from_pretrained(
+            settings.model, dtype=DTYPES[settings.precision]
+        )
+        self.tokenizer: Any = self.processor.tokenizer
+        config: Any = self.model.config
+        self.image_token = next(
+            (
+                int(number)
+                for name in ("image_token_id", "image_token_index", "media_placeholder_token_id")
+                if (number := getattr(config, name, None)) is not None
+            ),
+            None,
+        )
+        ends: Any = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        ends = ends if isinstance(ends, list) else [ends]
+        self.ends = sorted(
+            {int(number) for number in [*ends, self.tokenizer.eos_token_id] if number is not None}
+        )
+        if not self.ends:
+            raise ValueError("neither its generation_config nor its tokenizer names a token that ends a text")
+        known = set(self.tokenizer.all_special_ids)
+        known |= {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        if self.image_token is not None:
+            known.add(self.image_token)
+        self.banned = sorted(known - set(self.ends))
+        takes = inspect.signature(inspect.unwrap(type(self.model).forward)).parameters
+        self._past = "cache" if "cache" in takes else "past_key_values"  # older versions of transformers
+        self.lora_targets = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+            and name.rpartition(".")[2] in LINEAR
+            and not any(part in name for part in SEES)
+        ]
+
+    def encode(self, prompt: str, picture: Any) -> Inputs:
+        """Tensors of the processor for one user turn of a picture and a prompt, with a first axis of 1."""
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+        try:
+            read = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"policy.model: its processor cannot read a picture and a prompt: {error}"
+            ) from error
+        inputs = {name: tensor for name, tensor in read.items() if isinstance(tensor, Tensor)}
+        read_ids = inputs["input_ids"].flatten().tolist()
+        if self.image_token not in read_ids or not any(
+            tensor.is_floating_point() for tensor in inputs.values()
+        ):
+            raise ValueError(
+                "policy.model: its chat template gives the picture no place in the prompt; mend the "
+                "chat_template of its processor"
+            )
+        return inputs
+
+    def prefix(self, network: nn.Module, inputs: Sequence[Inputs]) -> Prefix:
+        longest = max(one["input_ids"].shape[1] for one in inputs)
+        pad = {"input_ids": self.tokenizer.pad_token_id or 0}
+        batch = {
+            name: torch.cat(
+                [
+                    F.pad(one[name], (longest - one[name].shape[1], 0), value=pad.get(name, 0))
+                    if name in TOKENS
+                    else one[name]
+                    for one in inputs
+                ]
+            )
+            for name in inputs[0]
+        }
+        mask = batch["attention_mask"].bool()
+        place = {} if self._counts_itself else {"position_ids": _places(mask)}
+        read: Any = network(**batch, **place, use_cache=True, logits_to_keep=1)
+        following = mask.sum(1)
+        if self._counts_itself:
+            delta: Tensor = _bare(network).model.rope_deltas
+            following = longest + delta.flatten().to(following)
+        return Prefix(read.logits[:, -1], read.past_key_values, mask, following)
+
+    @property
+    def _counts_itself(self) -> bool:
+        """Whether places in a picture have a row and a column."""
+        return hasattr(getattr(self.model, "model", None), "rope_deltas")
+
+    def extend(
+        self, network: nn.Module, prefix: Prefix, rows: Tensor | None, tokens: Tensor, past: int
+    ) -> tuple[Tensor, Prefix]:
+        cache, mask, position = prefix.cache, prefix.mask, prefix.position
+        if rows is not None:
+            # A cache changes in place; what others may still continue from is left as it was.
+            cache = chosen(cache, rows)
+            mask, position = mask[rows], position[rows]
+        count, length = tokens.shape
+        ones = torch.ones(count, past + length, dtype=mask.dtype, device=mask.device)
+        places = position[:, None] + torch.arange(past, past + length, device=position.device)
+        read: Any = network(
+            input_ids=tokens,
+            attention_mask=torch.cat([mask, ones], 1).long(),
+            position_ids=places.expand(3, -1, -1) if self._counts_itself else places,
+            use_cache=True,
+            **{self._past: cache},
+        )
+        return read.logits, Prefix(prefix.logits, read.past_key_values, mask, position)
+
+
+def chosen(cache: Any, rows: Tensor) -> Any:
+    """A cache with the rows [n] of another, which stays as it is; gradients flow."""
+    taken = copy(cache)
+    taken.layers = [copy(layer) for layer in cache.layers]  # they hold the same tensors
+    taken.batch_select_indices(rows)
+    return taken
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Places of tokens that are padded on the left, [p, L]."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _bare(network: Any) -> Any:
+    """The model inside of what the trainer wrapped around it."""
+    while hasattr(network, "module"):
+        network = network.module
+    return network
