@@ -77,7 +77,8 @@ def open_subject(
     given = named_rewards(rewards)
     if not place.exists():
         pipeline_class(path)  # a hub id, or an error
-    if (place / "model_index.json").is_file() or not place.exists():
+    model = (place / "model_index.json").is_file() or (place / "config.json").is_file()
+    if model or not place.exists():
         raw: dict[str, Any] = {"policy": {"model": path}}
         for text in overrides:
             override(raw, *split_override(text))

@@ -13,9 +13,13 @@ from typing import Any
 from mmalign.contracts import PairwiseReward, Reward
 
 REWARDS = {
+    "caption_facts": "mmalign.rewardmodels.lab_captions:CaptionFacts",
+    "caption_length": "mmalign.rewardmodels.claimdiff:CaptionLength",
+    "claimdiff": "mmalign.rewardmodels.claimdiff:ClaimDiff",
     "colorfulness": "mmalign.rewardmodels.statistics:Colorfulness",
     "conse": "mmalign.rewardmodels.conse:ConSE",
     "contrast": "mmalign.rewardmodels.statistics:Contrast",
+    "holistic": "mmalign.rewardmodels.claimdiff:Holistic",
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",

@@ -1,14 +1,17 @@
-"""Trains a complete small SD3 pipeline from nothing, on the lab or on any captioned pictures.
+"""Trains a complete small SD3 pipeline from nothing, on the lab or on any captioned pictures; or a captioner.
 
     python scripts/pretrain_lab.py --out runs/pretrain_lab
     python scripts/pretrain_lab.py --data data/emoji/64 --out runs/pretrain_emoji --flow-steps 2000
+    python scripts/pretrain_lab.py captioner --out runs/captioner
 
-The pipeline is written to OUT/pipeline; running the same command again goes on where it stopped.
+The model is written to OUT/pipeline or OUT/captioner; the same command again goes on where it stopped.
 """
 
 import argparse
 import json
 import os
+import random
+import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from mmalign.lab.pretrain import Pretraining, pretrain
 from mmalign.lab.pretrain_data import draw_lab, read_captioned
 
 LAB_SCENES = 100_000  # drawn for training; each is seen about five times
+CAPTIONED_SCENES = 24_000
 SCORED_IMAGES = 2  # of each held-out prompt, at every snapshot
 
 
@@ -76,7 +80,36 @@ def sheet_snapshot(pipeline: Any, step: int, out: Path, captions: list[str]) -> 
     write_sheet(sample(pipeline, shown, steps=20, guidance=2.5, seed=0), shown, out / f"sheet_{step:05d}.png")
 
 
+def captioner(given: list[str]) -> None:
+    """Trains the lab's captioner."""
+    from mmalign.lab.captions import draw_scene
+    from mmalign.lab.pretrain_captioner import CaptionerPretraining, pretrain_captioner, rates
+
+    parser = argparse.ArgumentParser(prog="pretrain_lab.py captioner", description=captioner.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the run; OUT/captioner is the result")
+    for field in fields(CaptionerPretraining):
+        kind = type(field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)  # type: ignore[arg-type]
+    chosen = vars(parser.parse_args(given))
+    out = chosen.pop("out")
+    config = CaptionerPretraining(**chosen)
+    rng, unseen = (random.Random(f"captioner {purpose} {config.seed}") for purpose in ("scenes", "heldout"))
+    scenes = [draw_scene(rng) for _ in range(CAPTIONED_SCENES)]
+    scored = [draw_scene(unseen, "heldout") for _ in range(100)]
+
+    def snapshot(model: Any, processor: Any, step: int) -> None:
+        wrong, silent = rates(model, processor, scored, config.seed)
+        with open(out / "scores.jsonl", "a") as log:
+            log.write(json.dumps({"step": step, "hallucination": wrong, "omission": silent}) + "\n")
+        print(f"\nstep {step}: held-out scenes, hallucination {wrong:.3f}, omission {silent:.3f}")
+
+    pretrain_captioner(config, scenes, out, snapshot)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["captioner"]:
+        captioner(sys.argv[2:])
+        return
     chosen = arguments()
     config = settings(chosen)
     if chosen.data is None:
