@@ -150,7 +150,8 @@ class Learner:
             batches = self._batches(credited, picks, fresh)
             objective = self.algorithm.objective
             if isinstance(objective, Coupled):
-                mine = credited.weight * (part == number).to(credited.weight)
+                taking = (part == number).to(credited.weight)
+                mine = credited.weight * taking.reshape(*taking.shape, *[1] * (credited.weight.ndim - 2))
                 objective = objective.look(self.policy, batches, credited.values, mine, peers)
             meters = [meter, floor] if fresh else [meter]
             loss, found = self._gradient(objective, batches, meters, credited, part == number)

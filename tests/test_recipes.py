@@ -16,6 +16,8 @@ FITTING = {
     # Random weights draw nothing that the verifier tells apart, which leaves no pair to learn from.
     "lab_dgpo": ["rewards.jpeg_compressibility=1.0"],
     "lab_diffusion_dpo": ["rewards.jpeg_compressibility=1.0"],
+    # The teachers are adapters of the lab's model; guidance teaches without any.
+    "lab_distill": ["algorithm.teachers={}", "algorithm.guidance=2.5"],
     "lab_flow_dppo": ["algorithm.actions=2"],
     "lab_mix_grpo": ["algorithm.width=2"],
     "lab_tempflow_grpo": ["algorithm.starts=1"],

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmalign.lab.grammar import parse, write_prompt
 from mmalign.lab.tasks import CATEGORIES, MIX, sample_task
 
-# Who teaches what, where a student is distilled from two specialists.
+# Who teaches what, where a student is distilled from two teachers.
 TEACHERS = {
     "things": ("single_object", "counting", "colors", "text"),
     "scenes": ("two_objects", "position", "attribute_binding"),
@@ -69,7 +69,7 @@ def validation_prompts(count: int = VALIDATION) -> list[str]:
 
 
 def teacher_of(prompt: str) -> str:
-    """The specialist for a prompt of the lab."""
+    """Who teaches a prompt of the lab."""
     category = parse(prompt).category
     return next(name for name, categories in TEACHERS.items() if category in categories)
 
@@ -77,17 +77,16 @@ def teacher_of(prompt: str) -> str:
 def write_lists(folder: Path) -> None:
     """Writes train.txt, validation.txt and heldout.txt, a prompt on each line; `parse` recovers its task.
 
-    Of train and heldout also what each specialist is for (train_things.txt), and all training prompts with
-    their teacher (train_taught.jsonl).
+    Also the training prompts with their teachers (train_taught.jsonl), and the held-out ones that are each
+    teacher's (heldout_things.txt).
     """
     folder.mkdir(parents=True, exist_ok=True)
     lists = {"train": train_prompts(), "validation": validation_prompts(), "heldout": held_out_prompts()}
     for name, prompts in lists.items():
         write_lines(folder / f"{name}.txt", prompts)
     for teacher in TEACHERS:
-        for name in ("train", "heldout"):
-            own = [prompt for prompt in lists[name] if teacher_of(prompt) == teacher]
-            write_lines(folder / f"{name}_{teacher}.txt", own)
+        own = [prompt for prompt in lists["heldout"] if teacher_of(prompt) == teacher]
+        write_lines(folder / f"heldout_{teacher}.txt", own)
     taught = (json.dumps({"prompt": p, "teacher": teacher_of(p)}) for p in lists["train"])
     write_lines(folder / "train_taught.jsonl", taught)
 

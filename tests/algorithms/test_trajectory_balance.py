@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from toys import ToyFlow
 from training import GROUPS, MEMBERS, rise, trainer
 
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance, group_variance
@@ -105,3 +106,10 @@ def test_the_reward_rises():
 def test_settings_that_cannot_work_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
         TrajectoryBalance(**wrong)
+
+
+def test_a_policy_that_splits_its_steps_into_places_is_refused_in_words():
+    """Before anything is cut by shapes that do not fit."""
+    policy = ToyFlow(TrajectoryBalance().noise, by_place=True)
+    with pytest.raises(TypeError, match="one number an action, but the policy splits it into places"):
+        trainer(TrajectoryBalance(steps=3), policy=policy).run()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from runs import ROOT
 
 from mmalign.lab.pretrain_flow import sample
@@ -44,3 +45,35 @@ def test_held_out_emoji_are_not_among_the_trained_ones():
     )
     assert (len(set(train)), len(set(held_out))) == (1518, 80)
     assert not set(train) & set(held_out)
+
+
+def test_the_shipped_teachers_fit_the_student_and_are_no_base_models():
+    from mmalign.config import load_config
+    from mmalign.pipelines import load
+    from mmalign.sde import Noise
+
+    config = load_config(ROOT / "assets/recipes/lab_distill.yaml")
+    policy = load(config.policy, Noise())
+    fresh = [p.detach().clone() for p in policy.module.parameters() if p.requires_grad]
+    seen = []
+    for folder in config.algorithm.teachers.values():
+        policy.load(ROOT / folder)
+        taught = [p.detach().clone() for p in policy.module.parameters() if p.requires_grad]
+        assert any((a - b).abs().max() > 1e-3 for a, b in zip(taught, fresh, strict=True))
+        seen.append(taught)
+    assert not all(map(torch.equal, *seen))
+
+
+def test_every_trained_prompt_has_a_teacher_that_the_recipe_knows():
+    from mmalign.config import load_config
+    from mmalign.data import read_prompts
+    from mmalign.lab.prompts import teacher_of, train_prompts
+
+    teachers = load_config(ROOT / "assets/recipes/lab_distill.yaml").algorithm.teachers
+    prompts = read_prompts(ROOT / "assets/lab/prompts/train_taught.jsonl")
+    assert [prompt.text for prompt in prompts] == train_prompts()
+    assert all(prompt.extra["teacher"] == teacher_of(prompt.text) for prompt in prompts)
+    assert {prompt.extra["teacher"] for prompt in prompts} == set(teachers)
+    for name in teachers:
+        own = (ROOT / f"assets/lab/prompts/heldout_{name}.txt").read_text().splitlines()
+        assert own == [prompt for prompt in held_out_prompts() if teacher_of(prompt) == name]

@@ -202,7 +202,7 @@ def test_the_velocity_is_noise_less_data_by_the_models_own_estimates(make, plain
     sigma = policy._schedule(5)[2].expand(2)
     with torch.no_grad():
         velocity = policy._velocity(y / c, sigma, texts, 1.0)
-        predicted = policy.module(y, t, encoder_hidden_states=texts.at(texts.place)["embeds"]).sample
+        predicted = policy.module(y, t, encoder_hidden_states=texts.positives()["embeds"]).sample
     clean = scheduler.step(predicted, t, y).pred_original_sample
     noise = (y - a.sqrt() * clean) / (1 - a).sqrt()
     assert_close(velocity, noise - clean, atol=2e-5, rtol=1e-5)
@@ -402,3 +402,16 @@ def test_a_scheduler_without_gaussian_steps_is_refused(folders, tmp_path, config
 def test_settings_that_do_not_fit_are_refused(folders, wrong, message):
     with pytest.raises(ValueError, match=message):
         load(PolicySettings(str(folders["sd"]), **wrong), Noise("ddim", 1.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_latents_of_pictures_are_those_of_the_plain_autoencoder_at_the_end_of_the_schedule(make, plain, kind):
+    """A clean picture is what the last step of the schedule would have left of it, freed of its noise."""
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pipeline, adapter = plain(kind), make(kind).adapter
+    mean = pipeline.vae.encode(pipeline.image_processor.preprocess(images)).latent_dist.mean
+    signal = pipeline.scheduler.final_alpha_cumprod.sqrt()
+    found = adapter.latents(images)
+    assert_close(found * signal, mean * pipeline.vae.config.scaling_factor, atol=1e-5, rtol=1e-5)
+    shown = pipeline.image_processor.postprocess(pipeline.vae.decode(mean, return_dict=False)[0], "pt")
+    assert_close(adapter.decode(found), shown, atol=1e-5, rtol=0)
