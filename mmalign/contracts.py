@@ -214,8 +214,15 @@ class PolicySettings:
     model: str
     height: int | None = None  # pixels; null: the model's own size
     width: int | None = None  # pixels; null: the model's own size
+    frames: int | None = None  # of a video; null: the model's own length
     guidance: float = 1.0  # classifier-free guidance in sampling and training; 1 is off and halves the cost
     negative_prompt: str = ""  # what guidance leads away from
+    # What a guidance-distilled model (FLUX, HunyuanVideo) is told its guidance is, at no cost; null: what its
+    # pipeline has by default. Its true classifier-free guidance is `guidance`.
+    embedded_guidance: float | None = None
+    # 0 to 1: how far guided predictions are brought back to the size of unguided ones (SD, SDXL, LTX); raise
+    # it where guidance over-exposes.
+    guidance_rescale: float = 0.0
     max_sequence_length: int = 256  # tokens of the T5 encoder, where the family has one
     precision: str = "fp32"  # fp32, bf16 or fp16 for the frozen weights and the forward pass
     leave_out: tuple[str, ...] = ()  # components not to load: text_encoder_3 saves the memory of T5

@@ -16,6 +16,13 @@ from mmalign.sde import Noise
 
 # `_class_name` of model_index.json -> adapter
 ADAPTERS = {
+    "ChromaPipeline": "mmalign.pipelines.flux:Chroma",
+    "FluxKontextPipeline": "mmalign.pipelines.flux:FluxKontext",
+    "FluxPipeline": "mmalign.pipelines.flux:Flux",
+    "QwenImageEditPipeline": "mmalign.pipelines.qwen_image:QwenImageEdit",
+    "QwenImageEditPlusPipeline": "mmalign.pipelines.qwen_image:QwenImageEditPlus",
+    "QwenImagePipeline": "mmalign.pipelines.qwen_image:QwenImage",
+    "ZImagePipeline": "mmalign.pipelines.z_image:ZImage",
     "StableDiffusion3Pipeline": "mmalign.pipelines.sd3:SD3",
     "StableDiffusionPipeline": "mmalign.pipelines.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "mmalign.pipelines.sd:StableDiffusionXL",

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -57,14 +57,15 @@ class FlowAdapter(Protocol):
 
     Latents are [n, C, *place] in fp32, whatever the network makes of them (packing them into tokens is the
     adapter's own affair). pipeline: the diffusers pipeline, whose class writes LoRA files. network: its
-    denoiser, which the pipeline calls `component`. lora_targets: endings of the names of the layers that get
-    adapters.
+    denoiser, which the pipeline calls `component`, or its `Experts`. lora_targets: endings of the names of
+    the layers that get adapters. scale: pixels along a side of a place of the latent.
     """
 
     pipeline: Any
     network: nn.Module
     component: str
     lora_targets: tuple[str, ...]
+    scale: int
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         """[C, *place] of one sample; None is the model's own size; ValueError if the size does not fit."""
@@ -107,6 +108,45 @@ class FlowAdapter(Protocol):
         ...
 
 
+@runtime_checkable
+class SeesPictures(Protocol):
+    """An adapter whose network also sees pictures: to edit them, to begin a video with them, as references.
+
+    They are the files that a prompt names as its `source`, one or a list, each fitted to the policy's size.
+    """
+
+    def encode_with(self, text: str, pictures: Tensor) -> Condition:
+        """What the network sees of one text and its pictures [k, 3, H, W] in [0, 1]; else as `encode`."""
+        ...
+
+
+class Experts(nn.Module):
+    """Networks that divide the times among them, by the names that the pipeline calls them.
+
+    The first takes the times from `boundary` on, in the network's own unit, the second those below. Rows of
+    both go to each in turn; a batch at one time takes one forward.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], boundary: float) -> None:
+        super().__init__()
+        for name, network in networks.items():
+            self.add_module(name, network)
+        self.boundary = boundary
+
+    def forward(self, timestep: Tensor, **inputs: Tensor) -> tuple[Tensor]:
+        """As the networks' own, with one timestep [n] a row; inputs: tensors [n, ...]."""
+        early = (timestep >= self.boundary).cpu()
+        parts, places = [], []
+        for network, rows in zip(self.children(), (early, ~early), strict=True):
+            if rows.any():
+                places.append(rows.nonzero()[:, 0])
+                at = places[-1].to(timestep.device)
+                own = {name: tensor[at] for name, tensor in inputs.items()}
+                parts.append(network(timestep=timestep[at], return_dict=False, **own)[0])
+        back = torch.cat(places).argsort().to(timestep.device)
+        return (torch.cat(parts)[back],)
+
+
 def guided(both: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance in fp32; both: velocities of the negative half, then of the positive half."""
     negative, positive = both.float().chunk(2)
@@ -115,16 +155,26 @@ def guided(both: Tensor, guidance: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Texts:
-    """Encoded texts of n rows: tensors [distinct, ...], every row's place there [n]; a negative is last."""
+    """Encoded texts of n rows: tensors [distinct, ...], and every row's place there [n].
+
+    negative: the place of what guidance leads away from, [n], where guidance asks for it.
+    """
 
     tensors: Condition
     place: Tensor
+    negative: Tensor | None = None
 
-    def at(self, place: Tensor) -> Condition:
-        return {name: tensor[place] for name, tensor in self.tensors.items()}
+    def positives(self) -> Condition:
+        return {name: tensor[self.place] for name, tensor in self.tensors.items()}
 
-    def of(self, rows: Tensor) -> _Texts:
-        return _Texts(self.tensors, self.place[rows])
+    def negatives(self) -> Condition | None:
+        if self.negative is None:
+            return None
+        return {name: tensor[self.negative] for name, tensor in self.tensors.items()}
+
+    def of(self, rows: Tensor | slice) -> _Texts:
+        negative = None if self.negative is None else self.negative[rows]
+        return _Texts(self.tensors, self.place[rows], negative)
 
 
 class FlowPolicy:
@@ -159,22 +209,31 @@ class FlowPolicy:
         self.adapter, self.settings, self.noise = adapter, settings, noise
         self.device, self.by_site, self.chunk = torch.device(device), by_site, chunk
         self.shape = adapter.latent_shape(settings.height, settings.width)
+        if settings.frames is not None and len(self.shape) == 3:
+            raise ValueError(f"policy.frames: this model makes pictures, not videos; got {settings.frames}")
         self.forwards = Forwards()
         self.cached_texts = 256  # raise it to hold all prompts of a run; an SD3.5 text is 3 MB in bf16
-        self._cache: OrderedDict[str, Condition] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, ...], Condition] = OrderedDict()
         self._schedules: dict[int, Tensor] = {}
         self._network = cast(Any, adapter.network)
-        for part in adapter.pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.requires_grad_(False)
-                part.eval()
-                part.to(self.device)
-        if settings.lora.rank:
-            add_lora(self._network, settings.lora, settings.lora.targets or adapter.lora_targets, seed)
-        else:
-            self._network.float().requires_grad_(True)
-        if settings.gradient_checkpointing:
-            self._network.enable_gradient_checkpointing()
+        for frozen in adapter.pipeline.components.values():
+            if isinstance(frozen, nn.Module):
+                frozen.requires_grad_(False)
+                frozen.eval()
+                frozen.to(self.device)
+        self._parts: dict[str, Any] = (
+            dict(adapter.network.named_children())
+            if isinstance(adapter.network, Experts)
+            else {adapter.component: adapter.network}
+        )
+        for name, part in self._parts.items():
+            if settings.lora.rank:
+                own = "" if name == adapter.component else f"{name}."
+                add_lora(part, settings.lora, settings.lora.targets or adapter.lora_targets, seed, own)
+            else:
+                part.float().requires_grad_(True)
+            if settings.gradient_checkpointing:
+                part.enable_gradient_checkpointing()
         self.module: nn.Module = self._network
         self.copies = Copies(self._network)
 
@@ -208,7 +267,7 @@ class FlowPolicy:
         self, prompts: Prompts, plan: Plan, key: Key, guidance: float, tuned: int | None = None
     ) -> Rollout:
         """Sample by the plan; tuned: how many steps, from the noise on, are not left to the base model."""
-        texts, sigmas = self._texts(prompts.text, guidance), self._schedule(plan.steps)
+        texts, sigmas = self._seen(prompts, guidance), self._schedule(plan.steps)
         turn = sigmas[-1] if tuned is None else sigmas[tuned]
 
         def velocity(x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
@@ -223,11 +282,15 @@ class FlowPolicy:
         for text, file in zip(prompts.text, files, strict=True):
             if not isinstance(file, str):
                 raise ValueError(f'prompt {text!r} names no picture: it needs a path under "image"')
-        scale = self.adapter.pipeline.vae_scale_factor
-        height, width = (places * scale for places in self.shape[-2:])
-        media = torch.stack([read_picture(str(file), height, width) for file in files]).to(self.device)
+        if len(self.shape) == 4:
+            raise ValueError("a plan with given samples goes with models of pictures; this one makes videos")
+        media = torch.stack([self._picture(str(file)) for file in files]).to(self.device)
         rows = max(1, DECODED_PLACES // prod(self.shape[1:]))
         return media, torch.cat([self.adapter.latents(part) for part in torch.split(media, rows)])
+
+    def _picture(self, file: str) -> Tensor:
+        height, width = (places * self.adapter.scale for places in self.shape[-2:])
+        return read_picture(file, height, width)
 
     @torch.no_grad()
     def images(
@@ -238,7 +301,7 @@ class FlowPolicy:
         guidance: float | None = None,
         tuned: float = 1.0,
     ) -> Tensor:
-        """Media sampled by the ODE alone, [B, 3, H, W]; guidance: None is the policy's own.
+        """Media sampled by the ODE alone, [B, 3, H, W] or [B, F, 3, H, W]; guidance: None is its own.
 
         tuned: the share of the steps, from the noise on, that is not left to the base model.
         """
@@ -254,11 +317,13 @@ class FlowPolicy:
                 "evaluation.tuned below 1 needs the base model, which policy.lora.rank=0 (all weights are "
                 "trained) does not keep"
             )
-        self._network.disable_adapters()
+        for part in self._parts.values():
+            part.disable_adapters()
         try:
             yield
         finally:
-            self._network.enable_adapters()
+            for part in self._parts.values():
+                part.enable_adapters()
 
     def _schedule(self, steps: int) -> Tensor:
         if steps not in self._schedules:
@@ -286,14 +351,13 @@ class FlowPolicy:
         """Velocities [n, C, *place] in forwards of at most `chunk` network rows, counted as sampling."""
         self.forwards.sample += len(x) * self.adapter.rows(guidance)
         size = max(1, self.chunk // self.adapter.rows(guidance))
-        places = torch.split(texts.place, size)
-        parts = zip(torch.split(x, size), torch.split(sigma, size), places, strict=True)
-        return torch.cat([self._forward(*part, texts, guidance) for part in parts])
+        cuts = [slice(first, first + size) for first in range(0, len(x), size)]
+        return torch.cat([self._forward(x[cut], sigma[cut], texts.of(cut), guidance) for cut in cuts])
 
-    def _forward(self, x: Tensor, sigma: Tensor, place: Tensor, texts: _Texts, guidance: float) -> Tensor:
-        negative = texts.at(torch.full_like(place, -1)) if self.adapter.rows(guidance) == 2 else None
+    def _forward(self, x: Tensor, sigma: Tensor, texts: _Texts, guidance: float) -> Tensor:
+        seen, unwanted = texts.positives(), texts.negatives()
         with self._autocast():
-            velocity = self.adapter.velocity(self.module, x, sigma, texts.at(place), negative, guidance)
+            velocity = self.adapter.velocity(self.module, x, sigma, seen, unwanted, guidance)
         return velocity.float()
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -301,24 +365,46 @@ class FlowPolicy:
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.settings.precision])
 
-    def _texts(self, texts: Sequence[str], guidance: float) -> _Texts:
+    def _seen(self, prompts: Prompts, guidance: float) -> _Texts:
+        """What the network sees of the prompts: their texts, and the pictures that they name as `source`."""
+        if not isinstance(self.adapter, SeesPictures):
+            return self._texts(prompts.text, guidance)
+        rows = zip(prompts.text, prompts.extra, strict=True)
+        sources = [sources_of(text, extra) for text, extra in rows]
+        if len(counts := {len(files) for files in sources}) > 1:
+            raise ValueError(f"all prompts need equally many pictures as source, got {sorted(counts)}")
+        return self._texts(prompts.text, guidance, sources)
+
+    def _texts(
+        self, texts: Sequence[str], guidance: float, sources: Sequence[tuple[str, ...]] | None = None
+    ) -> _Texts:
         """The encoded texts of some rows, with the negative one where guidance asks for it."""
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        negative = [self.settings.negative_prompt] if self.adapter.rows(guidance) == 2 else []
-        encoded = [self._encode(text) for text in [*place, *negative]]
+        files = [()] * len(texts) if sources is None else sources
+        wanted = [(text, *own) for text, own in zip(texts, files, strict=True)]
+        unwanted = [(self.settings.negative_prompt, *own) for own in files]
+        guides = self.adapter.rows(guidance) == 2
+        place = {key: i for i, key in enumerate(dict.fromkeys([*wanted, *(unwanted if guides else [])]))}
+        encoded = [self._encode(*key) for key in place]
         return _Texts(
             {name: torch.stack([one[name] for one in encoded]) for name in encoded[0]},
-            torch.tensor([place[text] for text in texts]).to(self.device),
+            torch.tensor([place[key] for key in wanted]).to(self.device),
+            torch.tensor([place[key] for key in unwanted]).to(self.device) if guides else None,
         )
 
     @torch.no_grad()
-    def _encode(self, text: str) -> Condition:
+    def _encode(self, text: str, *files: str) -> Condition:
         """One text at a time: its numbers must not depend on neighbors, which differ in a resumed run."""
-        if text in self._cache:
-            self._cache.move_to_end(text)
-            return self._cache[text]
-        condition = {name: tensor.to(self.device) for name, tensor in self.adapter.encode(text).items()}
-        self._cache[text] = condition
+        key = (text, *files)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        if isinstance(self.adapter, SeesPictures):
+            pictures = torch.stack([self._picture(file) for file in files]).to(self.device)
+            seen = self.adapter.encode_with(text, pictures)
+        else:
+            seen = self.adapter.encode(text)
+        condition = {name: tensor.to(self.device) for name, tensor in seen.items()}
+        self._cache[key] = condition
         if len(self._cache) > self.cached_texts:
             self._cache.popitem(last=False)
         return condition
@@ -339,15 +425,15 @@ class FlowPolicy:
 
         With gradients it counts as train, and gradient checkpointing keeps nothing of it but x.
         """
-        guidance, text = self.settings.guidance, trajectory.outcome.prompts.text
-        texts = self._texts([text[row] for row in pick.rows.tolist()], guidance)
+        guidance = self.settings.guidance
+        texts = self._seen(trajectory.outcome.prompts.take(pick.rows.cpu()), guidance)
         if not torch.is_grad_enabled():
             return self._velocity(x, sigma.expand(len(x)), texts, guidance)
         self.forwards.train += len(x) * self.adapter.rows(guidance)
         if not self.settings.gradient_checkpointing:
-            return self._forward(x, sigma.expand(len(x)), texts.place, texts, guidance)
+            return self._forward(x, sigma.expand(len(x)), texts, guidance)
         velocity: Tensor = checkpoint(
-            self._forward, x, sigma.expand(len(x)), texts.place, texts, guidance, use_reentrant=False
+            self._forward, x, sigma.expand(len(x)), texts, guidance, use_reentrant=False
         )
         return velocity
 
@@ -386,15 +472,14 @@ class FlowPolicy:
         replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
         first, inverse = distinct(replay["state"][rows, columns])
         guidance = self.settings.guidance if guidance is None else guidance
-        text = trajectory.outcome.prompts.text
         count = len(first) * self.adapter.rows(guidance)
         if torch.is_grad_enabled():
             self.forwards.train += count
         else:
             self.forwards.reference += count
         x, sigma = replay["x"][rows, columns], replay["sigma"][rows, columns]
-        texts = self._texts([text[i] for i in rows[first].tolist()], guidance)
-        velocity = self._forward(x[first], sigma[first], texts.place, texts, guidance)[inverse]
+        texts = self._seen(trajectory.outcome.prompts.take(rows[first]), guidance)
+        velocity = self._forward(x[first], sigma[first], texts, guidance)[inverse]
         if "clean" in replay:
             noised = Noised(x, replay["clean"][rows], sigma.reshape(-1, *[1] * len(self.shape)))
             return Evaluation(trajectory.log_prob[rows, columns], velocity=velocity, noised=noised)
@@ -431,37 +516,56 @@ class FlowPolicy:
         state: the network's gathered state dict, where its parameters are sharded over processes.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        component = self.adapter.component
-        if not self.settings.lora.rank:
-            part = folder / f".{component}.part"
-            shutil.rmtree(part, ignore_errors=True)
-            self._network.save_pretrained(part, state_dict=state) if state else self._network.save_pretrained(
-                part
-            )
-            shutil.rmtree(folder / component, ignore_errors=True)
-            part.rename(folder / component)
-            return
+        for component, part in self._parts.items():
+            own = state
+            if state is not None and len(self._parts) > 1:
+                inside = f"{component}."
+                own = {k.removeprefix(inside): t for k, t in state.items() if k.startswith(inside)}
+            if self.settings.lora.rank:
+                self._save_lora(folder, component, part, own)
+            else:
+                self._save_whole(folder, component, part, own)
+
+    def _save_whole(
+        self, folder: Path, component: str, part: Any, state: Mapping[str, Tensor] | None
+    ) -> None:
+        unfinished = folder / f".{component}.part"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        part.save_pretrained(unfinished, **({"state_dict": state} if state else {}))
+        shutil.rmtree(folder / component, ignore_errors=True)
+        unfinished.rename(folder / component)
+
+    def _save_lora(self, folder: Path, component: str, part: Any, state: Mapping[str, Tensor] | None) -> None:
+        from diffusers.loaders import SD3LoraLoaderMixin
         from peft import get_peft_model_state_dict
 
-        layers = get_peft_model_state_dict(self._network, state_dict=dict(state) if state else None)
-        part_name = f"part.{LORA_FILE}"
+        # Every pipeline writes its denoiser's layers alike; not every one that reads them can write them.
+        pipeline = type(self.adapter.pipeline)
+        writer = pipeline if hasattr(pipeline, "save_lora_weights") else SD3LoraLoaderMixin
+        layers = get_peft_model_state_dict(part, state_dict=dict(state) if state else None)
+        file, kind = lora_file(component), self.adapter.component
         named: dict[str, Any] = {
-            f"{component}_lora_layers": {name: t.detach().cpu().contiguous() for name, t in layers.items()},
-            f"{component}_lora_adapter_metadata": self._network.peft_config["default"].to_dict(),
+            f"{kind}_lora_layers": {name: t.detach().cpu().contiguous() for name, t in layers.items()},
+            f"{kind}_lora_adapter_metadata": part.peft_config["default"].to_dict(),
         }
-        type(self.adapter.pipeline).save_lora_weights(folder, weight_name=part_name, **named)
-        os.replace(folder / part_name, folder / LORA_FILE)
+        writer.save_lora_weights(folder, weight_name=f"part.{file}", **named)
+        os.replace(folder / f"part.{file}", folder / file)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Take the trainable parameters from what `save` wrote; they must fit exactly."""
+        for component, part in self._parts.items():
+            self._load_part(folder, component, part)
+
+    def _load_part(self, folder: Path, component: str, part: nn.Module) -> None:
         from safetensors.torch import load_file
 
-        live, component = self._network.state_dict(), self.adapter.component
+        live = part.state_dict()
         if self.settings.lora.rank:
             lora = {name: p for name, p in live.items() if ".lora_" in name}
-            live = {f"{component}." + name.replace(".default.", "."): p for name, p in lora.items()}
-            files = [folder / LORA_FILE]
+            kind = self.adapter.component
+            live = {f"{kind}." + name.replace(".default.", "."): p for name, p in lora.items()}
+            files = [folder / lora_file(component)]
         else:
             files = sorted((folder / component).glob("*.safetensors")) or [folder / component]
         if not files[0].is_file():
@@ -477,12 +581,31 @@ class FlowPolicy:
             p.copy_(saved[name])
 
 
-def add_lora(network: Any, settings: LoraSettings, targets: Sequence[str], seed: int) -> None:
+def lora_file(component: str) -> str:
+    """The file of one denoiser's LoRA; that of a second expert stands beside that of the first."""
+    return LORA_FILE.replace(".", f"_{component[-1]}.") if component[-1].isdigit() else LORA_FILE
+
+
+def sources_of(text: str, extra: Mapping[str, object]) -> tuple[str, ...]:
+    """The picture files that a prompt names as its `source`."""
+    named = extra.get("source")
+    files = [named] if isinstance(named, str) else named
+    if not (isinstance(files, list) and files and all(isinstance(file, str) for file in files)):
+        raise ValueError(
+            f"prompt {text!r} names no picture to start from: this model needs prompts in a .jsonl file with "
+            'a path, or a list of paths, under "source"'
+        )
+    return tuple(files)
+
+
+def add_lora(
+    network: Any, settings: LoraSettings, targets: Sequence[str], seed: int, prefix: str = ""
+) -> None:
     """Put fp32 adapters on the layers whose names end with one of `targets`; at first they change nothing.
 
     network: a model of diffusers, whose own adapters they become, or any other module. Weights are Gaussian
     as in the literature (A ~ N(0, 1 / rank^2), B = 0), from streams named by the layer, so that they are the
-    same on every rank and device and at every precision.
+    same on every rank and device and at every precision. prefix: of those names.
     """
     from diffusers import ModelMixin
     from peft import LoraConfig, inject_adapter_in_model
@@ -502,7 +625,7 @@ def add_lora(network: Any, settings: LoraSettings, targets: Sequence[str], seed:
         if p.requires_grad:
             p.data = p.data.float()
             if ".lora_A." in name:
-                p.data.copy_(normals([generator(seed, "lora", name)], p.shape)[0] / settings.rank)
+                p.data.copy_(normals([generator(seed, "lora", prefix + name)], p.shape)[0] / settings.rank)
 
 
 def read_picture(file: str, height: int, width: int) -> Tensor:

@@ -72,8 +72,12 @@ class StableDiffusion:
         if self.predicts_noise and self.levels[-1] >= 1:
             raise ValueError("its table ends in pure noise, of which a prediction of the noise says nothing")
 
+    @property
+    def scale(self) -> int:
+        return int(self.pipeline.vae_scale_factor)
+
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        scale, config = self.pipeline.vae_scale_factor, self.pipeline.unet.config
+        scale, config = self.scale, self.pipeline.unet.config
         cell, own = math.lcm(scale, 8), config.sample_size
         sides = [own, own] if isinstance(own, int) else list(own)
         shape = [config.in_channels]

@@ -136,6 +136,7 @@ class GaussianWorld:
 
     lora_targets: tuple[str, ...] = ()
     component = "transformer"
+    scale = 1
 
     def __init__(self, target: Mixture) -> None:
         self.target, self.network = target, MixtureVelocity(target)

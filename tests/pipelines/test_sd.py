@@ -202,7 +202,7 @@ def test_the_velocity_is_noise_less_data_by_the_models_own_estimates(make, plain
     sigma = policy._schedule(5)[2].expand(2)
     with torch.no_grad():
         velocity = policy._velocity(y / c, sigma, texts, 1.0)
-        predicted = policy.module(y, t, encoder_hidden_states=texts.at(texts.place)["embeds"]).sample
+        predicted = policy.module(y, t, encoder_hidden_states=texts.positives()["embeds"]).sample
     clean = scheduler.step(predicted, t, y).pred_original_sample
     noise = (y - a.sqrt() * clean) / (1 - a).sqrt()
     assert_close(velocity, noise - clean, atol=2e-5, rtol=1e-5)

@@ -1,0 +1,333 @@
+"""Every model family as a tiny pipeline of the real classes, and how to ask it for what our policy draws.
+
+A family is one adapter and one row of `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mmalign.contracts import PolicySettings
+from mmalign.pipelines.family import pack
+from mmalign.testing import WORDS, _clip_config, _clip_tokenizer, _t5_tokenizer, _vae
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family.
+
+    build: its tiny pipeline. settings: of a policy over it. size: of a picture, not square. call: what a call
+    of the plain pipeline needs besides, at the settings. latents: ours as a call takes them. sources:
+    pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time. own_picture:
+    it takes a picture for each prompt, and else the same for all. negative: it
+    takes a negative prompt. takes_length: it takes a max_sequence_length. loads_lora: it can load a LoRA, and
+    not just its denoiser. close: how far the plain pipeline may be; more where the network sees so many
+    text tokens that fp32 sums of padded and unpadded rows differ (in double they are equal to 1e-15).
+    """
+
+    build: Callable[[], Any]
+    call: Callable[[PolicySettings], dict[str, Any]]
+    settings: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] = (32, 48)
+    frames: int | None = None
+    latents: Callable[[Tensor], Tensor] = lambda x: x
+    sources: int = 0
+    one_by_one: bool = False
+    own_picture: bool = False
+    negative: bool = True
+    takes_length: bool = True
+    loads_lora: bool = True
+    close: float = 1e-5
+
+    def load_lora(self, pipeline: Any, folder: Path) -> None:
+        """As a user of plain diffusers does it."""
+        if self.loads_lora:
+            pipeline.load_lora_weights(folder)
+        else:
+            pipeline.transformer.load_lora_adapter(folder, prefix="transformer")
+
+    def unload_lora(self, pipeline: Any) -> None:
+        if self.loads_lora:
+            pipeline.unload_lora_weights()
+        else:
+            pipeline.transformer.unload_lora()
+
+
+# ---- parts
+
+
+def words_tokenizer(template: str = "", length: int = 4096, **special: str) -> Any:
+    """A byte-level tokenizer that knows some words whole, in the place of those of language models."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for word in ("Ġ" + w for w in WORDS):
+        for end in range(2, len(word) + 1):
+            if (word[: end - 1], word[end - 1]) not in merges:
+                merges.append((word[: end - 1], word[end - 1]))
+                vocab.setdefault(word[:end], len(vocab))
+    core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in MARKS])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>", model_max_length=length, **special
+    )
+    made.chat_template = template or CHAT
+    return made
+
+
+MARKS = (
+    *("<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|image_pad|>", "<|video_pad|>"),
+)
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{{ c.text }}{% endfor %}"
+    "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def t5(tokens: Any, kind: str = "T5EncoderModel", width: int = 32) -> Any:
+    import transformers
+
+    config = {"UMT5EncoderModel": "UMT5Config"}.get(kind, "T5Config")
+    return getattr(transformers, kind)(
+        getattr(transformers, config)(
+            vocab_size=len(tokens),
+            d_model=width,
+            d_kv=8,
+            d_ff=32,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+def image_vae(**given: Any) -> Any:
+    return _vae(
+        **{"scaling_factor": 0.7, "shift_factor": 0.1, "use_quant_conv": False, "use_post_quant_conv": False}
+        | given
+    )
+
+
+def flow(**given: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**given)
+
+
+# ---- FLUX.1 and Chroma
+
+
+def flux(kind: str = "FluxPipeline", guidance: bool = True) -> Any:
+    import diffusers
+    from transformers import CLIPTextModel
+
+    clip, t5_tokens = _clip_tokenizer(), _t5_tokenizer()
+    return getattr(diffusers, kind)(
+        transformer=diffusers.FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 2, 2),
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=image_vae(),
+        text_encoder=CLIPTextModel(_clip_config(clip)),
+        tokenizer=clip,
+        text_encoder_2=t5(t5_tokens),
+        tokenizer_2=t5_tokens,
+    )
+
+
+def call_flux(settings: PolicySettings) -> dict[str, Any]:
+    return {"guidance_scale": settings.embedded_guidance or 3.5, "true_cfg_scale": settings.guidance}
+
+
+def call_kontext(settings: PolicySettings) -> dict[str, Any]:
+    area = settings.height * settings.width
+    return {**call_flux(settings), "max_area": area, "_auto_resize": False}
+
+
+def chroma() -> Any:
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    tokens = _t5_tokenizer()
+    return ChromaPipeline(
+        transformer=ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 2, 2),
+            approximator_num_channels=16,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=image_vae(),
+        text_encoder=t5(tokens),
+        tokenizer=tokens,
+    )
+
+
+# ---- Qwen-Image
+
+
+def qwen_vae() -> Any:
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=16,  # with few channels the norms of some pixels are near 0 and blow up rounding
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.2, 0.8, 1.0, 1.5],
+    )
+
+
+def qwen_text(tokens: Any) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    mark = tokens.convert_tokens_to_ids
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config={
+                **SMALL,
+                "vocab_size": len(tokens),
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+            },
+            vision_config={
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 16,
+                "fullatt_block_indexes": [0],
+                "window_size": 112,
+            },
+            image_token_id=mark("<|image_pad|>"),
+            video_token_id=mark("<|video_pad|>"),
+            vision_start_token_id=mark("<|vision_start|>"),
+            vision_end_token_id=mark("<|vision_end|>"),
+        )
+    )
+
+
+def qwen(kind: str = "QwenImagePipeline") -> Any:
+    import diffusers
+
+    tokens = words_tokenizer()
+    parts: dict[str, Any] = {}
+    if "Edit" in kind:
+        from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+        shown = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56)
+        parts["processor"] = Qwen2VLProcessor(shown, tokens, Qwen2VLVideoProcessor(), chat_template=CHAT)
+    return getattr(diffusers, kind)(
+        transformer=diffusers.QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 2, 2),
+        ),
+        scheduler=flow(
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=0.9,
+            max_image_seq_len=8192,
+            shift_terminal=0.02,
+        ),
+        vae=qwen_vae(),
+        text_encoder=qwen_text(tokens),
+        tokenizer=tokens,
+        **parts,
+    )
+
+
+def call_qwen(settings: PolicySettings) -> dict[str, Any]:
+    return {"true_cfg_scale": settings.guidance}
+
+
+# ---- Z-Image
+
+
+def z_image() -> Any:
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    tokens = words_tokenizer()
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 6, 6],
+            axes_lens=[256, 64, 64],
+        ),
+        scheduler=flow(shift=3.0),
+        vae=image_vae(),
+        text_encoder=Qwen3Model(Qwen3Config(vocab_size=len(tokens), head_dim=8, **SMALL)),
+        tokenizer=tokens,
+    )
+
+
+FAMILIES = {
+    "FluxPipeline": Row(flux, call_flux, latents=pack),
+    "FluxPipeline without guidance": Row(lambda: flux(guidance=False), call_flux, latents=pack),
+    "FluxKontextPipeline": Row(
+        lambda: flux("FluxKontextPipeline"), call_kontext, latents=pack, sources=1, own_picture=True
+    ),
+    "ChromaPipeline": Row(chroma, lambda s: {"guidance_scale": s.guidance}, latents=pack),
+    "QwenImagePipeline": Row(qwen, call_qwen, {"max_sequence_length": 40}, latents=pack),
+    "QwenImageEditPipeline": Row(
+        lambda: qwen("QwenImageEditPipeline"), call_qwen, latents=pack, sources=1, own_picture=True
+    ),
+    "QwenImageEditPlusPipeline": Row(
+        lambda: qwen("QwenImageEditPlusPipeline"),
+        call_qwen,
+        latents=pack,
+        sources=2,
+        one_by_one=True,
+        close=3e-4,
+    ),
+    "ZImagePipeline": Row(z_image, lambda s: {"guidance_scale": s.guidance - 1}, {"max_sequence_length": 48}),
+}
