@@ -107,6 +107,24 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
     add_subject(evaluate)
     evaluate.add_argument("--json", metavar="FILE", help="write the scores there")
     evaluate.add_argument(
+        "--baseline", metavar="FILE", help="compare, prompt by prompt, with what an earlier --json wrote"
+    )
+    evaluate.add_argument(
+        "--reference", metavar="FOLDER", help="pictures to measure KID, precision and recall against"
+    )
+    evaluate.add_argument(
+        "--features",
+        default="pixels",
+        metavar="NAME",
+        help="network that these are measured by: pixels, efficientnet, or the folder of an image model",
+    )
+    evaluate.add_argument(
+        "--references",
+        metavar="FILE",
+        help="write quantiles of the base model by prompt, over its seeds, for the composition log_sigmoid",
+    )
+    evaluate.add_argument("--quantile", type=float, default=0.85, help="of --references (default 0.85)")
+    evaluate.add_argument(
         "--compare", action="store_true", help="score the base model as well, and the gain over it"
     )
     add_overrides(evaluate)
@@ -295,7 +313,11 @@ def sample_command(options: argparse.Namespace) -> int:
 def evaluate_command(options: argparse.Namespace) -> int:
     from mmalign import subjects
 
+    baseline = early(lambda: options.baseline and subjects.read_baseline(Path(options.baseline)))
     found = early(lambda: subjects.evaluate_all(options.subject, options))
+    if baseline:
+        early(lambda: subjects.against(baseline, subjects.subject_of(found)))
+        found[subjects.BASELINE] = baseline
     subjects.print_table(found)
     if options.json:
         early(

@@ -22,6 +22,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from mmalign.contracts import Forwards, Key, Media, PairwiseReward, Reward, RewardModel, Writes
 from mmalign.data import Prompt
+from mmalign.distances import Distances, Extract, compare, extracted
 from mmalign.grids import CELL, Panel, fit, from_pil
 from mmalign.pictures import open_picture
 from mmalign.randomness import generator
@@ -143,6 +144,8 @@ class Evaluated:
     )  # score -> mean of each prompt, NaN: none
     seconds: float = 0.0
     forwards: int = 0
+    prompts: list[str] = field(default_factory=list)  # in the order of by_prompt
+    distances: Distances | None = None  # to reference pictures, where there are some
 
     def save(self, path: Path) -> None:
         beside = path.with_suffix(".tmp")
@@ -151,7 +154,12 @@ class Evaluated:
 
     @staticmethod
     def load(path: Path) -> Evaluated:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return Evaluated.of(json.loads(path.read_text(encoding="utf-8")))
+
+    @staticmethod
+    def of(raw: Mapping[str, Any]) -> Evaluated:
+        """From what `asdict` and JSON made of one."""
+        distances = raw.get("distances")
         return Evaluated(
             scores={k: score_of(v) for k, v in raw["scores"].items()},
             categories={k: {c: score_of(s) for c, s in v.items()} for k, v in raw["categories"].items()},
@@ -159,6 +167,10 @@ class Evaluated:
             by_prompt={k: [math.nan if x is None else x for x in v] for k, v in raw["by_prompt"].items()},
             seconds=raw["seconds"],
             forwards=raw["forwards"],
+            prompts=list(raw.get("prompts", [])),
+            distances=Distances(**{**distances, "kid_interval": tuple(distances["kid_interval"])})
+            if distances
+            else None,
         )
 
 
@@ -238,22 +250,19 @@ def verdicts(
     there (with the reward's name before it if two rewards use the same one).
     """
     found: list[dict[str, float]] = [{} for _ in range(len(prompts))]
-    category = [""] * len(prompts)
+    category = [str(extra.get("category") or "") for extra in prompts.extra]
     taken = {reward.name: "" for reward in rewards}
     for reward in rewards:
         for rows in batches(len(prompts), batch):
             signal, _ = ask(reward, Outcome(prompts.take(rows), chosen(media, rows)))
-            valid = signal.valid
-            assert valid is not None
-            means = (signal.values.double() * valid).sum(1) / valid.sum(1)  # 0 / 0 is NaN: no verdict
-            for i, (row, mean) in enumerate(zip(rows.tolist(), means.tolist(), strict=True)):
+            for i, (row, mean) in enumerate(zip(rows.tolist(), signal.mean.tolist(), strict=True)):
                 found[row][reward.name] = mean
                 detail = signal.details[i] if signal.details else {}
                 for name, value in detail.items():
                     if isinstance(value, bool | int | float):
                         own = taken.setdefault(name, reward.name) == reward.name
                         found[row][name if own else f"{reward.name}.{name}"] = float(value)
-                category[row] = category[row] or str(detail.get("category") or "")
+                category[row] = str(detail.get("category") or "") or category[row]
     return [Verdict(values, kind) for values, kind in zip(found, category, strict=True)]
 
 
@@ -292,13 +301,26 @@ def score(values: Tensor, group: Tensor) -> Score:
 
 def gain(base: Evaluated, trained: Evaluated, name: str) -> Score:
     """Trained minus base, prompt by prompt; nobody's luck with easy prompts counts."""
+    before, after = paired(base, trained, name)
+    return score(after - before, torch.arange(len(before)))
+
+
+def wins(base: Evaluated, trained: Evaluated, name: str) -> Score:
+    """Share of the prompts on which trained is better than base; equal ones count 1/2."""
+    before, after = paired(base, trained, name)
+    return score((torch.sign(after - before) + 1) / 2, torch.arange(len(before)))
+
+
+def paired(base: Evaluated, trained: Evaluated, name: str) -> tuple[Tensor, Tensor]:
+    """A score of either by prompt, [N] each; ValueError where the prompts are not the same."""
     before = torch.tensor(base.by_prompt[name], dtype=torch.float64)
     after = torch.tensor(trained.by_prompt[name], dtype=torch.float64)
-    if len(before) != len(after):
+    if len(before) != len(after) or (base.prompts and trained.prompts and base.prompts != trained.prompts):
         raise ValueError(
-            f"{name}: base has {len(before)} prompts and trained {len(after)}; evaluate both alike"
+            f"{name}: base has {len(before)} prompts and trained {len(after)}, or they differ; evaluate both "
+            "alike"
         )
-    return score(after - before, torch.arange(len(before)))
+    return before, after
 
 
 def diversity(images: Tensor, group: Tensor) -> float | None:
@@ -396,7 +418,11 @@ class Evaluator:
         rewards: Sequence[Reward],
         settings: EvaluationSettings,
         distributed: Gathers,
+        extract: Extract | None = None,
+        references: Tensor | None = None,
     ) -> None:
+        """extract, references: how features are seen, and those of references [m, D] to compare with."""
+        self.extract, self.references = extract, references
         self.prompts = [prompts[place] for place in spread(len(prompts), settings.prompts)]
         # A judge of pairs has no verdict on a picture by itself.
         self.rewards = [reward for reward in rewards if not isinstance(reward, PairwiseReward)]
@@ -407,8 +433,10 @@ class Evaluator:
         """All prompts and seeds."""
         began = time.perf_counter()
         places = list(range(len(self.prompts)))
-        images, found, group, small = self._run(policy, places, self.settings.seeds)
-        result = summarize(found, small, group)
+        images, found, group, small, features = self._run(policy, places, self.settings.seeds)
+        result = replace(summarize(found, small, group), prompts=[prompt.text for prompt in self.prompts])
+        if self.references is not None:
+            result = replace(result, distances=compare(features, group, self.references))
         seeds = min(self.settings.seeds, self.settings.show_seeds)
         shown = self._shown(images, found, self.on_grid, self.settings.seeds, seeds)
         seconds = time.perf_counter() - began
@@ -416,16 +444,30 @@ class Evaluator:
             result, seconds=seconds, forwards=len(places) * self.settings.seeds * self.settings.steps
         ), shown
 
+    def quantiles(self, policy: Draws | Writes, quantile: float) -> dict[str, dict[str, float]]:
+        """Of the rewards over the seeds of each prompt: references that training can be compared with."""
+        if not 0 <= quantile <= 1:
+            raise ValueError(f"a quantile lies in [0, 1], got {quantile}")
+        _, found, group, _, _ = self._run(policy, list(range(len(self.prompts))), self.settings.seeds)
+        names = [reward.name for reward in self.rewards]
+        table: dict[str, dict[str, float]] = {}
+        for place, prompt in enumerate(self.prompts):
+            rows = [found[i] for i in (group == place).nonzero().flatten().tolist()]
+            values = {name: torch.tensor([row.values[name] for row in rows]).double() for name in names}
+            table[prompt.text] = {n: float(v.nanquantile(quantile)) for n, v in values.items()}
+        return table
+
     def grid(self, policy: Draws | Writes) -> Shown:
         """Only what the grids show."""
         seeds = min(self.settings.seeds, self.settings.show_seeds)
-        images, found, _, _ = self._run(policy, self.on_grid, seeds)
+        images, found, _, _, _ = self._run(policy, self.on_grid, seeds)
         return self._shown(images, found, self.on_grid, seeds, seeds)
 
     def _run(
         self, policy: Draws | Writes, places: list[int], seeds: int
-    ) -> tuple[dict[int, Tensor], list[Verdict], Tensor, Media]:
-        """Pictures of the grid's prompts by place, verdicts, prompt of each; small pictures, or all texts.
+    ) -> tuple[dict[int, Tensor], list[Verdict], Tensor, Media, Tensor]:
+        """Pictures of the grid's prompts by place, verdicts, prompt of each; small pictures, or all texts;
+        features.
 
         What is written about a picture is shown under it.
         """
@@ -439,6 +481,12 @@ class Evaluator:
         count = len(places) * seeds  # beyond it prompts come a second time
         found = self.distributed.gather_objects(verdicts(self.rewards, prompts, media))[:count]
         group = self.distributed.gather(prompts.group)[:count]
+        features = torch.zeros(len(prompts), 0)
+        if self.extract is not None and self.references is not None:
+            if not isinstance(media, Tensor):
+                raise ValueError("distances to reference pictures are of pictures, and this model writes")
+            features = extracted(self.extract, media, self.settings.batch)
+        features = self.distributed.gather(features)[:count]
         keep = torch.tensor([g in self.on_grid for g in prompts.group.tolist()], dtype=torch.bool)
         small: Media
         if isinstance(media, Tensor):
@@ -452,7 +500,13 @@ class Evaluator:
         of_place: dict[int, list[Tensor]] = {}
         for place, image in zip(owner, kept, strict=True):
             of_place.setdefault(place, []).append(image)
-        return {place: torch.stack(rows[:seeds]) for place, rows in of_place.items()}, found, group, small
+        return (
+            {place: torch.stack(rows[:seeds]) for place, rows in of_place.items()},
+            found,
+            group,
+            small,
+            features,
+        )
 
     def _shown(
         self, images: Mapping[int, Tensor], found: Sequence[Verdict], places: list[int], seeds: int, show: int

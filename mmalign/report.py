@@ -6,7 +6,7 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mmalign import __version__
 from mmalign.charts import Line, bars, chart
 from mmalign.evaluation import Evaluated, Score, gain, no_nan
 from mmalign.grids import data_uri
+from mmalign.hacking import Parting, partings, trained_on
 from mmalign.tracking import METRICS, SAMPLES, read
 
 EVALUATION, FACTS = "evaluation", "facts.json"
@@ -36,6 +37,7 @@ class RunFiles:
     facts: Mapping[str, Any]  # device, versions, seconds of setup: what the files above do not tell
     rows: Sequence[Row]  # metrics.jsonl
     evaluated: Mapping[str, Evaluated]  # base, trained, average
+    meanwhile: Mapping[int, Evaluated] = field(default_factory=dict)  # by step, during training
 
     @staticmethod
     def read(folder: Path) -> RunFiles:
@@ -53,7 +55,20 @@ class RunFiles:
             json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {},
             read(folder / METRICS),
             found,
+            {
+                int(path.stem.rpartition("_")[2]): Evaluated.load(path)
+                for path in sorted((folder / EVALUATION).glob("step_*.json"))
+            },
         )
+
+    def partings(self) -> list[Parting]:
+        """Trained rewards against those that only watched, over all evaluations of the run."""
+        at = {0: self.evaluated.get(BASE), **self.meanwhile, len(self.rows): self.evaluated.get(TRAINED)}
+        known = {step: e for step, e in sorted(at.items()) if e is not None and step <= len(self.rows)}
+        named = self.config.get("rewards") or {}
+        trained = trained_on(self.config)
+        watching = [name.partition("/")[0] for name in named if name.partition("/")[0] not in trained]
+        return partings(list(known), list(known.values()), trained, watching)
 
     def column(self, name: str) -> list[float]:
         """A metric over the iterations that have it."""
@@ -99,6 +114,7 @@ def summary(run: RunFiles) -> dict[str, Any]:
         "heldout": heldout(run.evaluated),
         "heldout_by_category": by_category(run.evaluated),
         "diversity": diversity_of(run.evaluated),
+        "hacking": [parting_of(parting) for parting in run.partings()],
         "rewards": {
             name.removeprefix("reward/"): ends(run.column(name))
             for name in run.named("reward/")
@@ -132,6 +148,18 @@ def heldout(evaluated: Mapping[str, Evaluated]) -> dict[str, Any]:
             entry |= told("gain", gain(evaluated[BASE], evaluated[TRAINED], name))
         table[name] = entry
     return table
+
+
+def parting_of(parting: Parting) -> dict[str, Any]:
+    """What a trained and a watching reward did after the watching one was best."""
+    return {
+        "trained": parting.trained,
+        "watching": parting.watching,
+        "parted": parting.parted,
+        "step": parting.step,
+        **told("rise", parting.rise),
+        **told("fall", parting.fall),
+    }
 
 
 def both(evaluated: Mapping[str, Evaluated], name: str) -> bool:
@@ -206,6 +234,7 @@ def page(run: RunFiles, result: Mapping[str, Any]) -> str:
         head(run, result),
         tiles(result),
         heldout_section(result),
+        hacking_section(run, result),
         pictures(run),
         curves(run),
         health(run),
@@ -292,6 +321,39 @@ def heldout_section(result: Mapping[str, Any]) -> str:
         f"<div class=card><table><tr><th>score</th>{head}</tr>{''.join(rows)}</table></div>"
         f"<p class=soft>{html.escape(note)}</p>"
     )
+
+
+def hacking_section(run: RunFiles, result: Mapping[str, Any]) -> str:
+    """Trained rewards beside those that only watched, and where they part."""
+    if not result["hacking"]:
+        return ""
+    said = []
+    for entry in result["hacking"]:
+        pair = f"{html.escape(entry['trained'])} against {html.escape(entry['watching'])}"
+        if entry["parted"]:
+            rise, fall = (
+                f"{signed(entry[x])} {between(entry[f'{x}_interval'][0], entry[f'{x}_interval'][1], True)}"
+                for x in ("rise", "fall")
+            )
+            said.append(
+                f"<p class=bad>{pair}: they part after {entry['step']} iterations. From there to the end the "
+                f"trained reward gained {rise}, the watching one {fall}: a sign of hacking.</p>"
+            )
+        else:
+            said.append(f"<p class=soft>{pair}: they do not part.</p>")
+    names = list(dict.fromkeys(e[side] for e in result["hacking"] for side in ("trained", "watching")))
+    lines = [in_deviations(run, line) for name in names for line in heldout_line(run, name)]
+    return section(
+        "Trained against watching rewards", [("Gain in deviations over prompts", chart(lines))]
+    ) + ("".join(said))
+
+
+def in_deviations(run: RunFiles, line: Line) -> Line:
+    """A held-out score as its gain over the base in deviations over the base's prompts."""
+    values = [x for x in run.evaluated[BASE].by_prompt[line.name] if math.isfinite(x)]
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((x - mean) ** 2 for x in values) / len(values)) or 1.0
+    return replace(line, y=[(y - line.y[0]) / spread for y in line.y])
 
 
 def cells(entry: Mapping[str, Any], columns: Sequence[str]) -> str:

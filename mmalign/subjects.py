@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,26 +31,31 @@ from mmalign.config import (
 )
 from mmalign.contracts import PolicySettings, RewardModel
 from mmalign.data import Prompt, read_prompts
+from mmalign.distances import Extract, compare, extracted, pixels
 from mmalign.evaluation import (
     Alone,
     Evaluated,
     EvaluationSettings,
     Evaluator,
+    Score,
     Shown,
     gain,
     no_nan,
     summarize,
     verdicts,
+    wins,
 )
 from mmalign.pipelines import load as load_policy
 from mmalign.pipelines import pipeline_class
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.records import Prompts
 from mmalign.rewardmodels import load as load_reward
+from mmalign.rewardmodels.features import load_features
 from mmalign.sde import Noise
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BEFORE, AFTER = "before", "after"
+BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,7 @@ def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]
             raise ConfigError(
                 f"{COMMAND_LINE}: a folder of images has no settings, got {' '.join(options.overrides)}"
             )
-        for name in ("lora", "prompts", "count", "seeds", "steps", "compare"):
+        for name in ("lora", "prompts", "count", "seeds", "steps", "compare", "references"):
             if getattr(options, name):
                 raise ConfigError(
                     f"a folder of images brings prompts and pictures of its own; it takes no --{name}"
@@ -200,21 +206,60 @@ def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]
         given = named_rewards(options.rewards)
         if not given:
             raise ConfigError("a folder of images needs --rewards NAME [NAME ...] to be scored by")
-        return {"images": score_images(place, make(given))}
+        extract, pictures = references_of(options)
+        return {"images": score_images(place, make(given), extract=extract, references=pictures)}
     subject = open_subject(path, options.overrides, options.rewards, options.lora)
     if not subject.rewards:
         raise ConfigError("a plain model brings no rewards: name them by --rewards NAME [NAME ...]")
     prompts = chosen_prompts(options.prompts, subject.prompts)
-    evaluator = Evaluator(
-        prompts, make(subject.rewards), adapted(subject.evaluation, options, show=False), Alone()
-    )
+    settings = adapted(subject.evaluation, options, show=False)
+    evaluator = Evaluator(prompts, make(subject.rewards), settings, Alone(), *references_of(options))
     policy, found = open_policy(subject), {}
+    if options.references is not None:
+        write_references(Path(options.references), evaluator.quantiles(policy, options.quantile), options)
     if subject.trained is None or options.compare:
         found["base"] = evaluator.scores(policy)[0]
     if subject.trained is not None:
         policy.load(subject.trained)
         found["trained"] = evaluator.scores(policy)[0]
     return found
+
+
+def references_of(options: argparse.Namespace) -> tuple[Extract, Tensor] | tuple[None, None]:
+    """The network that sees features, and the features of the reference pictures, if there are some."""
+    if options.reference is None:
+        return None, None
+    place = Path(options.reference)
+    files = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGES)
+    if len(files) < 4:
+        raise ConfigError(
+            f"--reference {place}: distances need four pictures or more, there are {len(files)}"
+        )
+    extract: Extract = pixels if options.features == "pixels" else load_features(options.features)
+    # One by one, for they may differ in size.
+    return extract, torch.cat([extracted(extract, open_image(path)[None]) for path in files])
+
+
+def write_references(
+    path: Path, table: Mapping[str, Mapping[str, float]], options: argparse.Namespace
+) -> None:
+    """References of each prompt, as the composition `log_sigmoid` reads them."""
+    known = {
+        prompt: {name: value for name, value in row.items() if math.isfinite(value)}
+        for prompt, row in table.items()
+    }
+    raw = {"subject": options.subject, "quantile": options.quantile, "references": known}
+    path.write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_baseline(path: Path) -> Evaluated:
+    """The scores that `mmalign evaluate --json` has written: of the trained side, if there are two."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        side = next(raw[name] for name in ("trained", "images", "base") if name in raw)
+        return Evaluated.of(side)
+    except (KeyError, TypeError, StopIteration, json.JSONDecodeError) as error:
+        raise ConfigError(f"--baseline {path}: not written by mmalign evaluate --json ({error!r})") from None
 
 
 # Folders of images
@@ -263,8 +308,17 @@ def open_image(path: Path) -> Tensor:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def score_images(place: Path, rewards: Sequence[RewardModel], batch: int = 64) -> Evaluated:
-    """Scores of the images in a folder; those of equal prompts are seeds of one."""
+def score_images(
+    place: Path,
+    rewards: Sequence[RewardModel],
+    batch: int = 64,
+    extract: Extract | None = None,
+    references: Tensor | None = None,
+) -> Evaluated:
+    """Scores of the images in a folder; those of equal prompts are seeds of one.
+
+    extract, references: as for `Evaluator`.
+    """
     rows = captioned(place)
     group_of: dict[str, int] = {}
     groups = [group_of.setdefault(prompt.text, len(group_of)) for _, prompt in rows]
@@ -284,33 +338,42 @@ def score_images(place: Path, rewards: Sequence[RewardModel], batch: int = 64) -
             f"{place}: all images must have one size, but {odd.name} and {rows[0][0].name} differ"
         )
     stack = torch.stack(images)
-    return summarize(verdicts(rewards, prompts, stack, batch), stack, prompts.group)
+    result = summarize(verdicts(rewards, prompts, stack, batch), stack, prompts.group)
+    if extract is not None and references is not None:
+        features = extracted(extract, stack, batch)
+        result = replace(result, distances=compare(features, prompts.group, references))
+    return replace(result, prompts=list(group_of))
 
 
 # Saying it
 
 
 def as_json(subject: str, found: Mapping[str, Evaluated]) -> dict[str, Any]:
-    """Scores by side, and the gain where there are two."""
+    """Scores by side, and where there are two how the one compares with the other, prompt by prompt."""
     result: dict[str, Any] = {"subject": subject}
-    for side, evaluated in found.items():
-        result[side] = {
-            "scores": {name: asdict(score) for name, score in evaluated.scores.items()},
-            "categories": {
-                name: {kind: asdict(score) for kind, score in kinds.items()}
-                for name, kinds in evaluated.categories.items()
-            },
-            "diversity": evaluated.diversity,
-            "seconds": evaluated.seconds,
-            "forwards": evaluated.forwards,
-        }
-    if {"base", "trained"} <= set(found):
-        base, trained = found["base"], found["trained"]
-        result["gain"] = {
-            name: asdict(gain(base, trained, name)) for name in trained.scores if name in base.scores
+    result |= {side: asdict(evaluated) for side, evaluated in found.items()}
+    if "base" in found and "trained" in found:
+        compared = against(found["base"], found["trained"])
+        result["gain"] = {name: asdict(of["gain"]) for name, of in compared.items()}
+        result["win_rate"] = {name: asdict(of["win rate"]) for name, of in compared.items()}
+    if BASELINE in found:
+        compared = against(found[BASELINE], subject_of(found))
+        result["against_baseline"] = {
+            name: {what: asdict(score) for what, score in of.items()} for name, of in compared.items()
         }
     fixed: dict[str, Any] = no_nan(result)
     return fixed
+
+
+def subject_of(found: Mapping[str, Evaluated]) -> Evaluated:
+    """The side that a baseline is compared with: trained, if there is one."""
+    return next(found[side] for side in ("trained", "images", "base") if side in found)
+
+
+def against(base: Evaluated, other: Evaluated) -> dict[str, dict[str, Score]]:
+    """Score -> gain and win rate of `other` over `base`, for the scores that both have."""
+    both = [name for name in other.by_prompt if name in base.by_prompt]
+    return {n: {"gain": gain(base, other, n), "win rate": wins(base, other, n)} for n in both}
 
 
 def print_table(found: Mapping[str, Evaluated]) -> None:
@@ -318,10 +381,11 @@ def print_table(found: Mapping[str, Evaluated]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mmalign.report import between, short
+    from mmalign.report import between, short, signed
 
     table = Table("score", *found, caption="mean over prompts, 95 % bootstrap interval over prompts")
     names = list(dict.fromkeys(name for evaluated in found.values() for name in evaluated.scores))
+    detailed = [name for name in ("strict", "soft") if name in names] or names
     kinds = sorted({kind for e in found.values() for of in e.categories.values() for kind in of})
 
     def cell(score: Any) -> str:
@@ -329,8 +393,21 @@ def print_table(found: Mapping[str, Evaluated]) -> None:
 
     for name in names:
         table.add_row(name, *(cell(e.scores.get(name)) for e in found.values()))
-        for kind in kinds if name in ("strict", "soft") else []:
+        for kind in kinds if name in detailed else []:
             cells = [cell(e.categories.get(name, {}).get(kind)) for e in found.values()]
             table.add_row(f"  {kind.replace('_', ' ')}", *cells, style="dim")
     table.add_row("diversity", *(short(e.diversity) for e in found.values()))
-    Console().print(table)
+    if any(e.distances for e in found.values()):
+        for name in ("kid", "precision", "recall", "variety"):
+            values = [getattr(e.distances, name) if e.distances else None for e in found.values()]
+            table.add_row(f"{name} of features", *(short(value) for value in values))
+    console = Console()
+    console.print(table)
+    before = BASELINE if BASELINE in found else "base"
+    if before in found and len(found) > 1:
+        compared = Table("score", f"gain over {before}", "prompts won", caption="paired by prompt")
+        for name, of in against(found[before], subject_of(found)).items():
+            won, more = of["win rate"], of["gain"]
+            rate = f"{won.mean:.0%} {between(won.low, won.high)}"
+            compared.add_row(name, f"{signed(more.mean)} {between(more.low, more.high, True)}", rate)
+        console.print(compared)

@@ -43,6 +43,7 @@ ONLY_BY = {
 ONLY_FROM = {
     r"mmalign\.(records|copies|randomness|pictures)": (r"nothing", "it is the innermost"),
     r"mmalign\.(sde|solvers)": (r"mmalign\.(records|sde)", "it is arithmetic"),
+    r"mmalign\.distances": (r"mmalign\.randomness", "it is arithmetic"),
     r"mmalign\.(verdicts|wire)": (r"mmalign\.(contracts|records)", "it is what records are sent as"),
     r"mmalign\.contracts": (r"mmalign\.(copies|records)", "contracts speak of records"),
     r"mmalign\.(composition|compositions)": (

