@@ -255,10 +255,7 @@ def verdicts(
     for reward in rewards:
         for rows in batches(len(prompts), batch):
             signal, _ = ask(reward, Outcome(prompts.take(rows), chosen(media, rows)))
-            valid = signal.valid
-            assert valid is not None
-            means = (signal.values.double() * valid).sum(1) / valid.sum(1)  # 0 / 0 is NaN: no verdict
-            for i, (row, mean) in enumerate(zip(rows.tolist(), means.tolist(), strict=True)):
+            for i, (row, mean) in enumerate(zip(rows.tolist(), signal.mean.tolist(), strict=True)):
                 found[row][reward.name] = mean
                 detail = signal.details[i] if signal.details else {}
                 for name, value in detail.items():

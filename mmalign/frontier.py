@@ -181,8 +181,7 @@ def best_of_n(
         images = policy.images(part, steps, key)
         for values, judge_ in zip(found, judges, strict=True):
             signal, _ = judge(judge_, Outcome(part, images))
-            assert signal.valid is not None
-            values[rows] = ((signal.values * signal.valid).sum(1) / signal.valid.sum(1)).float()
+            values[rows] = signal.mean.float().cpu()
         found[0, rows] = found[0, rows].nan_to_num(nan=-math.inf)
         for row, image in zip(rows.tolist(), images, strict=True):
             place = row // n

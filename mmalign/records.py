@@ -349,6 +349,12 @@ class RewardSignal:
         object.__setattr__(self, "values", torch.where(valid, self.values, torch.zeros_like(self.values)))
         object.__setattr__(self, "valid", valid)
 
+    @property
+    def mean(self) -> Tensor:
+        """Of the valid units of each sample, [B] in float64; NaN where there are none."""
+        assert self.valid is not None  # filled in above
+        return (self.values.double() * self.valid).sum(1) / self.valid.sum(1)
+
 
 @dataclass(frozen=True)
 class Advantage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
@@ -183,3 +184,10 @@ def test_rewards_need_names_of_their_own():
         Scorer([])
     with pytest.raises(ValueError, match="between 0 and 1"):
         Scorer([Redness()], missing_limit=20)
+
+
+def test_the_mean_of_a_verdict_is_over_its_valid_units_and_nothing_where_there_are_none():
+    values = torch.tensor([[1.0, 3.0], [5.0, math.nan], [math.nan, math.nan]])
+    found = RewardSignal("r", values, Unit.CRITERION).mean
+    assert found[:2].tolist() == [2.0, 5.0]
+    assert found[2].isnan()

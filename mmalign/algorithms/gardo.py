@@ -197,13 +197,6 @@ def pixels(outcome: Outcome) -> Tensor:
     return adaptive_avg_pool2d(outcome.media.float(), POOLED).flatten(1) - 0.5
 
 
-def score(signal: RewardSignal) -> Tensor:
-    """Mean of the valid units of each sample, [B]; NaN where there are none."""
-    assert signal.valid is not None  # filled in by RewardSignal
-    values = torch.where(signal.valid, signal.values.double(), torch.nan)
-    return values.nanmean(1).cpu()
-
-
 @dataclass(frozen=True)
 class GatedCredit(Credit):
     """Credit that also scales good samples by their variety, and says which ones are pulled."""
@@ -223,17 +216,10 @@ class GatedCredit(Credit):
         peers = peers or Peers(trajectory.outcome.prompts)
         found = super().__call__(signals, trajectory, locate, peers, part)
         by_name = {signal.name: signal for signal in signals}
-        proxy = torch.stack(
-            [weight * score(by_name[name]) for name, weight in self.weights.items() if weight]
-        ).sum(0)
-        watched = torch.stack(
-            [
-                score(by_name[name])
-                for name, weight in self.weights.items()
-                if weight == 0 and name != self.features
-            ],
-            1,
-        )
+        trained = [weight * by_name[name].mean.cpu() for name, weight in self.weights.items() if weight]
+        proxy = torch.stack(trained).sum(0)
+        watching = [name for name, weight in self.weights.items() if not weight and name != self.features]
+        watched = torch.stack([by_name[name].mean.cpu() for name in watching], 1)
         doubt = uncertainty(peers.all(proxy), peers.all(watched))
         self.gate.look(float(doubt[doubt >= 0].mean()) if (doubt >= 0).any() else 0.0)
         pull = gated(doubt, self.gate.share)[peers.mine]

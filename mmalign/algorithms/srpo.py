@@ -11,15 +11,16 @@ Semantic relative preference. The reward is asked twice, with a wanted and an un
 what both have in common, such as a love of strong colors, cancels out. Inversion swaps the two, because it
 moves the sample the other way:
 
-    r = R(x0', wanted + prompt) - R(x0', unwanted + prompt)
-    L = max(0, margin - r) in the denoise branch + max(0, margin + r) in the invert branch
+    r  = (1 + k) R(x0', wanted + prompt) - R(x0', unwanted + prompt)           in the denoise branch
+    r' = (1 + k') R(x0', unwanted + prompt) - R(x0', wanted + prompt)          in the invert branch
+    L  = max(0, margin - r) + max(0, margin - r')
 
-Without an unwanted word r is R itself (plain Direct-Align). N samples of T steps cost N T forwards to sample
-and 2 N to train (N without inversion), twice that with guidance.
+k = k' = 0 is the paper's relative form; the public code has k from 0.1 to 0.25 and k' from 0.3 to 0.01 over
+the schedule. Without an unwanted word its R is 0 (plain Direct-Align). N samples of T steps cost N T forwards
+to sample and 2 N to train (N without inversion), twice that with guidance.
 
 Differs from the public code in that samples come from the plain ODE, in that levels are those of the
-sampler's schedule, one an iteration for all samples, and in that r is the difference of the paper rather than
-the (1 + k)-fold wanted part less the unwanted one.
+sampler's schedule, one an iteration for all samples, and in that k is 0 unless it is set.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class SRPO:
     margin: float = 0.7  # relative reward beyond which nothing more is asked for
     wanted: str = ""  # word before the prompt that the reward should agree with, such as "realistic"
     unwanted: str = ""  # word before the prompt that it should not; empty: plain Direct-Align
+    boost: tuple[float, float] = (0.0, 0.0)  # k at pure noise and at the clean end, linear in sigma between
+    boost_inverted: tuple[float, float] = (0.0, 0.0)  # the same for k', of the inversion branch
     invert: bool = True  # also train the inversion branch; off saves half of the update and is hacked sooner
     scale: float = 1.0  # of the loss; lost on AdamW, but for the clip of the gradient and far below 1e-3
 
@@ -70,7 +73,15 @@ class SRPO:
             plans=self._plans,
             credit=Credit(weights),
             objective=DirectAlign(
-                through, self.stride, self.margin, self.wanted, self.unwanted, self.invert, self.scale
+                through,
+                self.stride,
+                self.margin,
+                self.wanted,
+                self.unwanted,
+                self.invert,
+                self.scale,
+                self.boost,
+                self.boost_inverted,
             ),
             noise=Noise(level=0.0),
             through=through,
@@ -102,6 +113,8 @@ class DirectAlign:
     unwanted: str = ""
     invert: bool = True
     scale: float = 1.0
+    boost: tuple[float, float] = (0.0, 0.0)
+    boost_inverted: tuple[float, float] = (0.0, 0.0)
     clip_range: float | None = None
     idle_at_zero: bool = False
 
@@ -110,19 +123,23 @@ class DirectAlign:
         at = model.halted(batch.trajectory, batch.pick)
         high = at.path[0]
         low = (high - self.stride).clamp(min=0)
-        gain = self.relative(model, batch, recovered(model, batch, at, high, low))
+        liked, disliked = self.asked(model, batch, recovered(model, batch, at, high, low))
+        gain = (1 + between(self.boost, high)) * liked - disliked
         loss = (self.margin - gain).relu()
         if self.invert:
-            loss = (
-                loss
-                + (self.margin + self.relative(model, batch, recovered(model, batch, at, low, high))).relu()
-            )
+            liked, disliked = self.asked(model, batch, recovered(model, batch, at, low, high))
+            loss = loss + (self.margin - (1 + between(self.boost_inverted, high)) * disliked + liked).relu()
         measures = {"relative_reward": gain.detach(), "satisfied_share": gain.detach() >= self.margin}
         return self.scale * (loss * batch.weight).sum(0, keepdim=True), measures
 
-    def relative(self, model: DrawsOn, batch: Minibatch, clean: Tensor) -> Tensor:
-        """Reward with the wanted word less that with the unwanted one, [n]."""
-        gain = self.reward(model, batch, clean, lambda text: f"{self.wanted} {text}".strip())
+    def asked(self, model: DrawsOn, batch: Minibatch, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """The reward with the wanted word and with the unwanted one, 0 without one; [n] each."""
+        liked = self.reward(model, batch, clean, lambda text: f"{self.wanted} {text}".strip())
         if not self.unwanted:
-            return gain
-        return gain - self.reward(model, batch, clean, lambda text: f"{self.unwanted} {text}")
+            return liked, torch.zeros_like(liked)
+        return liked, self.reward(model, batch, clean, lambda text: f"{self.unwanted} {text}")
+
+
+def between(ends: tuple[float, float], sigma: Tensor) -> Tensor:
+    """A number that is the first of `ends` at sigma = 1, the second at 0, and on a line between them."""
+    return ends[0] * sigma + ends[1] * (1 - sigma)

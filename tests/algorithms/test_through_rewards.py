@@ -321,15 +321,24 @@ class Taste(Judge):
         return 5.0 + sign * x
 
 
-def relative(wanted: str, unwanted: str) -> Tensor:
-    reward = Differentiated({"value": 1.0}, cost=lambda plan: 1)
-    reward.meet([Taste(lambda x: x[:, 0])])
+def asked(objective: DirectAlign) -> tuple[Tensor, Tensor]:
+    """The wanted and the unwanted part of the reward of three samples."""
     policy = policy_of(TWO)
     trajectory = policy.sample(prompts_of(["a"], 3), Plan(4, halt=2), KEY)
     pick = Pick(*trajectory.mask.nonzero(as_tuple=True))
     batch = Minibatch(trajectory, pick, torch.zeros(1, 3), torch.ones(3))
-    clean = policy.halted(trajectory, pick).clean
-    return DirectAlign(reward, wanted=wanted, unwanted=unwanted).relative(policy, batch, clean)
+    return objective.asked(policy, batch, policy.halted(trajectory, pick).clean)
+
+
+def tasted(**settings) -> DirectAlign:
+    reward = Differentiated({"value": 1.0}, cost=lambda plan: 1)
+    reward.meet([Taste(lambda x: x[:, 0])])
+    return DirectAlign(reward, **settings)
+
+
+def relative(wanted: str, unwanted: str) -> Tensor:
+    liked, disliked = asked(tasted(wanted=wanted, unwanted=unwanted))
+    return liked - disliked
 
 
 def test_the_relative_reward_turns_over_with_its_words_and_forgets_what_both_share():
@@ -338,6 +347,24 @@ def test_the_relative_reward_turns_over_with_its_words_and_forgets_what_both_sha
     assert one.abs().min() > 0
     assert_close(relative("good", "plain") + relative("plain", "good"), torch.zeros(3))
     assert (relative("", "") > 4).all()  # plain Direct-Align: the reward itself
+
+
+def test_the_boosted_form_is_the_formula_in_both_branches():
+    """With a velocity that gives the sample back, both branches judge the same picture."""
+    words = {"wanted": "good", "unwanted": "bad", "margin": 50.0}
+    policy = policy_of(TWO)
+    trajectory = policy.sample(prompts_of(["a"], 3), Plan(4, halt=2), KEY)
+    pick = Pick(*trajectory.mask.nonzero(as_tuple=True))
+    batch = Minibatch(trajectory, pick, torch.zeros(1, 3), torch.full((3,), 1 / 3))
+    at = policy.halted(trajectory, pick)
+    policy.velocity = lambda trajectory, pick, x, sigma: at.noise - at.clean
+    liked, disliked = asked(tasted(**words))
+    sigma = float(at.path[0])
+    k, k_inverted = 0.1 * sigma + 0.25 * (1 - sigma), 0.3 * sigma + 0.01 * (1 - sigma)
+    boosted = tasted(**words, boost=(0.1, 0.25), boost_inverted=(0.3, 0.01))
+    expected = (50 - (1 + k) * liked + disliked) + (50 - (1 + k_inverted) * disliked + liked)
+    assert_close(boosted(policy, batch)[0], expected.mean()[None], rtol=1e-4, atol=1e-4)
+    assert_close(tasted(**words)(policy, batch)[0], torch.tensor([100.0]), rtol=1e-5, atol=1e-3)
 
 
 def test_both_branches_move_the_velocity_the_same_way():
