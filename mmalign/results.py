@@ -263,12 +263,15 @@ def processor() -> str:
 
 
 def write(found: Sequence[Mapping[str, Any]], page: Path) -> list[Path]:
-    """Put results beside the page as JSON and plots, and write the page from all that lie there."""
+    """Put results beside the page as JSON and plots, and write the page from all that lie there.
+
+    A result without a finished run changes nothing: what is known of its experiment stays.
+    """
     data, images = page.parent / page.stem, page.parent / "images"
     for folder in (data, images):
         folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for result in found:
+    for result in [result for result in found if result["arms"]]:
         path = data / f"{result['experiment']['name']}.json"
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         written.append(path)
