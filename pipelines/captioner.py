@@ -296,8 +296,9 @@ class CaptionPolicy:
         """Raise ValueError where the picture makes no difference to what the model would write."""
         named = next(zip(prompts.text, prompts.extra, strict=True))
         inputs = self._inputs(named[0], str(named[1].get("image")))
+        # Almost black: pictures of zeros stand for padding in some families.
         blind = {
-            part: torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
+            part: torch.full_like(tensor, 1e-3) if tensor.is_floating_point() else tensor
             for part, tensor in inputs.items()
         }
         seen, unseen = self.adapter.prefix(self.module, [inputs, blind]).logits.float()

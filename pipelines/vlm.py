@@ -78,18 +78,21 @@ class VisionLanguage:
         """Tensors of the processor for one user turn of a picture and a prompt, with a first axis of 1."""
         content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
         try:
-            read = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
+            if self.processor.chat_template is None:  # a model that was not tuned to talk (PaliGemma)
+                read = self.processor(text=prompt, images=picture, return_tensors="pt")
+            else:
+                read = self.processor.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                )
         except ValueError as error:
             raise ValueError(
                 f"policy.model: its processor cannot read a picture and a prompt: {error}"
             ) from error
-        inputs = {name: tensor for name, tensor in read.items() if isinstance(tensor, Tensor)}
+        inputs = {name: part for name, part in read.items() if isinstance(part, Tensor) and name != "labels"}
         read_ids = inputs["input_ids"].flatten().tolist()
         if self.image_token not in read_ids or not any(
             tensor.is_floating_point() for tensor in inputs.values()
@@ -120,7 +123,7 @@ class VisionLanguage:
         following = mask.sum(1)
         if self._counts_itself:
             delta: Tensor = _bare(network).model.rope_deltas
-            following = longest + delta.flatten().to(following)
+            following = following + delta.flatten().to(following)
         return Prefix(read.logits[:, -1], read.past_key_values, mask, following)
 
     @property
