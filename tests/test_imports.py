@@ -70,7 +70,7 @@ ONLY_FROM = {
         "a pipeline knows no reward, no credit and no loop",
     ),
     r"mmalign\.rewardmodels\b.*": (
-        r"mmalign\.(rewardmodels\b.*|claim_rewards|claims|contracts|records|verdicts|wire|lab\b.*)",
+        r"mmalign\.(rewardmodels\b.*|claim_rewards|claims|contracts|pictures|records|verdicts|wire|lab\b.*)",
         "a reward sees outcomes and nothing else",
     ),
     r"mmalign\.lab\b.*": (r"mmalign\.(lab\b.*|randomness)", "the lab stands alone"),
