@@ -374,7 +374,8 @@ def _rewards(value: Any, blame: _Blame, faults: list[str]) -> dict[str, RewardSe
         if given is None:  # `rewards.lab=null` on the command line takes a reward out
             continue
         source = blame("rewards", str(name))
-        given = dict(given) if isinstance(given, Mapping) else {"weight": given}
+        whole = isinstance(given, Mapping) and _weight(given) is None  # else it is a weight by iteration
+        given = {str(key): item for key, item in given.items()} if whole else {"weight": given}
         weight = given.pop("weight", 1.0)
         if (known := _weight(weight)) is None:
             faults.append(
@@ -713,14 +714,19 @@ def _rewards_schema() -> Raw:
     from mmalign.rewardmodels import REWARDS
 
     number: Raw = {"type": "number"}
-    by_iteration = {"type": "object", "minProperties": 1, "additionalProperties": number}
+    by_iteration = {
+        "type": "object",
+        "minProperties": 1,
+        "patternProperties": {r"^\d+$": number},
+        "additionalProperties": False,
+    }
     weight = {"anyOf": [number, by_iteration], "description": comments(RewardSettings)["weight"]}
 
     def one(settings: Raw, description: str, open_ended: bool = False) -> Raw:
         mapping = {"type": "object", "properties": {"weight": weight, **settings}}
         return {
             "description": description,
-            "anyOf": [number, {**mapping, "additionalProperties": open_ended}],
+            "anyOf": [number, by_iteration, {**mapping, "additionalProperties": open_ended}],
         }
 
     known = {}

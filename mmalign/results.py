@@ -263,12 +263,15 @@ def processor() -> str:
 
 
 def write(found: Sequence[Mapping[str, Any]], page: Path) -> list[Path]:
-    """Put results beside the page as JSON and plots, and write the page from all that lie there."""
+    """Put results beside the page as JSON and plots, and write the page from all that lie there.
+
+    A result without a finished run changes nothing: what is known of its experiment stays.
+    """
     data, images = page.parent / page.stem, page.parent / "images"
     for folder in (data, images):
         folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for result in found:
+    for result in [result for result in found if result["arms"]]:
         path = data / f"{result['experiment']['name']}.json"
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         written.append(path)
@@ -285,10 +288,11 @@ HEAD = """
 
 Made by `python scripts/reproduce.py` from the runs of the experiments in `assets/experiments/`; nothing on
 this page is typed. Numbers are means over runs (seeds of training) and held-out prompts; intervals are 95 %
-percentile bootstraps that draw both anew. A claim is *shown* if the whole interval of each of its comparisons
-lies above the value given. Forwards are those of training, sample + 3 train + reference (a backward counts
-two); seconds are those of training on the machine named, with whatever else ran there. KL is that of the path
-of Flow-SDE from the base model, in nats. How experiments are run: [experiments.md](experiments.md).
+percentile bootstraps that draw both anew; of an arm with a single run they tell of prompts alone, not of what
+other seeds would give. A claim is *shown* if the whole interval of each of its comparisons lies above the
+value given. Forwards are those of training, sample + 3 train + reference (a backward counts two); seconds are
+those of training on the machine named, with whatever else ran there. KL is that of the path of Flow-SDE from
+the base model, in nats. How experiments are run: [experiments.md](experiments.md).
 """
 
 

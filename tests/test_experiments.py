@@ -260,6 +260,15 @@ def test_what_is_not_run_is_not_judged(done, tmp_path):
 
 
 @pytest.mark.slow
+def test_without_runs_the_page_keeps_what_is_known(done, tmp_path):
+    _, _, page = done
+    shutil.copytree(page.parent, tmp_path / "page")
+    written(tmp_path)
+    assert main(reproduce(tmp_path, "--write-only")) == 0
+    assert (tmp_path / "page/results.md").read_text() == page.read_text()
+
+
+@pytest.mark.slow
 def test_a_score_that_nobody_measured_is_named(done):
     path, runs, _ = done
     experiment = read_experiment(path)
