@@ -1,5 +1,6 @@
-"""Statistics of pixels as rewards: contrast, colorfulness, sharpness. They read no prompt, need no weights, and
-pull against file size and fidelity: made to try how rewards that conflict are balanced, and as probes of hacking.
+"""Statistics of pixels as rewards: contrast, colorfulness, sharpness. They read no prompt, need no weights,
+and pull against file size and fidelity: made to try how rewards that conflict are balanced, and as probes of
+hacking.
 """
 
 from __future__ import annotations

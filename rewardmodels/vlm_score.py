@@ -119,8 +119,8 @@ RATE = (
     'Asked for: "{prompt}". Say why in a sentence, then end with: Final score: NUMBER'
 )
 COMPARE = (
-    'Two pictures, first and second, were made for: "{prompt}". Which shows it better and looks better? Say why '
-    "in a sentence, then end with: Better: first, Better: second, or Better: tie"
+    'Two pictures, first and second, were made for: "{prompt}". Which shows it better and looks better? Say '
+    "why in a sentence, then end with: Better: first, Better: second, or Better: tie"
 )
 _SCORE = re.compile(r"final score\W*(-?\d+(?:\.\d+)?)", re.I)
 _BETTER = re.compile(r"better\W*(first|second|tie)", re.I)
