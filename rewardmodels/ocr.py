@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,14 @@ class OcrAccuracy:
 
     smallest: int = 256  # pixels of the shorter side that small pictures are made larger to; readers need it
     name = "ocr"
-    reader: Reader | None = None  # None: PP-OCRv4 by rapidocr
+    reader: str | None = (
+        None  # path of a function of your own, my_pkg.my_file:read; null: PP-OCRv4 by rapidocr
+    )
 
     def __post_init__(self) -> None:
         if self.smallest < 1:
             raise ValueError(f"ocr: smallest must be at least 1 pixel, got {self.smallest}")
-        self._read = self.reader or rapid_reader()
-        self._known: dict[str, str] = {}
+        self._read = named_reader(self.reader) if self.reader else rapid_reader()
 
     @torch.no_grad()
     def __call__(self, outcome: Outcome) -> RewardSignal:
@@ -60,6 +62,18 @@ class OcrAccuracy:
     def _enlarged(self, image: Tensor) -> Tensor:
         factor = -(-self.smallest // min(image.shape[-2:]))
         return image.repeat_interleave(factor, 1).repeat_interleave(factor, 2) if factor > 1 else image
+
+
+def named_reader(path: str) -> Reader:
+    """The function at `module:name`: from a picture [3, H, W] in [0, 1] to what is written there."""
+    module, _, name = path.partition(":")
+    try:
+        reader: Reader = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"ocr: reader must be a path like my_pkg.my_file:read, got {path!r}: {error}"
+        ) from None
+    return reader
 
 
 def rapid_reader() -> Reader:

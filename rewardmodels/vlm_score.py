@@ -30,8 +30,8 @@ class VqaScore:
     model: str  # any image-text-to-text model of transformers; local folder or hub id
     question: str = 'Does this picture show "{}"? Please answer yes or no.'  # {} is the prompt
     yes: tuple[str, ...] = ("yes",)  # words that count; with and without a capital and a space before
-    no: tuple[str, ...] = ("no",)
-    precision: Precision = "fp32"
+    no: tuple[str, ...] = ("no",)  # likewise
+    precision: Precision = "fp32"  # of the network; bf16 or fp16 are faster on a GPU
     batch: int = 8  # pictures at once; lower it for less memory
     name = "vqa_score"
 
@@ -133,12 +133,12 @@ class VlmScore:
     An answer without a number in that range is no verdict. Settings of `Endpoint` go into `endpoint`.
     """
 
-    url: str
-    model: str
-    low: float = 1.0
-    high: float = 5.0
+    url: str  # address of the endpoint, http://localhost:8000/v1
+    model: str  # name that the endpoint knows the model by
+    low: float = 1.0  # lowest number of the scale
+    high: float = 5.0  # highest number of the scale
     template: str = RATE  # {prompt}, {low} and {high} are filled in
-    endpoint: dict[str, Any] = field(default_factory=dict)
+    endpoint: dict[str, Any] = field(default_factory=dict)  # settings of `Endpoint`: parallel, budgets, cache
     name = "vlm_score"
 
     def __post_init__(self) -> None:
@@ -170,11 +170,11 @@ class VlmScore:
 class VlmPreference:
     """Which of two pictures a model behind an endpoint finds better; asked in both orders by default."""
 
-    url: str
-    model: str
-    both_orders: bool = True
+    url: str  # address of the endpoint, http://localhost:8000/v1
+    model: str  # name that the endpoint knows the model by
+    both_orders: bool = True  # ask for each pair twice, either picture first
     template: str = COMPARE  # {prompt} is filled in
-    endpoint: dict[str, Any] = field(default_factory=dict)
+    endpoint: dict[str, Any] = field(default_factory=dict)  # settings of `Endpoint`: parallel, budgets, cache
     name = "vlm_preference"
 
     def __post_init__(self) -> None:

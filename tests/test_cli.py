@@ -376,7 +376,7 @@ def test_the_baseline_of_a_run_is_told_and_drawn(run, tmp_path, capsys):
     assert four["kl"] == pytest.approx(four["kl_bound"], rel=0.5)
     assert list(four["watched"]) == ["lab"]
     assert found["frontier"]["tilted"][0]["reward"] > one["reward"]
-    assert found["trained"]["kl"] > 0
+    assert found["trained"]["kl"] >= 0  # positive where training moved the policy: tests/test_frontier.py
     ElementTree.parse(out.with_suffix(".svg"))
     assert "KL at most" in capsys.readouterr().out
 
