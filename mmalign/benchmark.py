@@ -14,7 +14,8 @@ from torch import nn
 from mmalign.assembly import Run, assemble, device_name
 from mmalign.config import RunConfig
 from mmalign.contracts import LearnedReward, PairwiseReward, RewardModel
-from mmalign.records import Outcome, RewardSignal
+from mmalign.pipelines.captioner import CaptionPolicy
+from mmalign.records import Outcome, Plan, RewardSignal
 
 MODEL = ("network forward", "network backward", "text encoders", "VAE", "reward")
 TARGET = 0.05  # share of an iteration that may go elsewhere
@@ -87,12 +88,13 @@ class Delayed:
 def instrument(run: Run, watch: Stopwatch) -> None:
     """Put timers around the network, its backward, VAE, text encoders, rewards and the optimizer."""
     policy, trainer = run.policy, run.trainer
-    pipeline = policy.adapter.pipeline
     watch_module(run.distributed.unwrap(policy.module), "network forward", watch)
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and name.startswith("text_encoder"):
-            watch_module(part, "text encoders", watch)
-    pipeline.vae.decode = watch.wrap("VAE", pipeline.vae.decode)
+    if not isinstance(policy, CaptionPolicy):
+        pipeline = policy.adapter.pipeline
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module) and name.startswith("text_encoder"):
+                watch_module(part, "text encoders", watch)
+        pipeline.vae.decode = watch.wrap("VAE", pipeline.vae.decode)
     run.distributed.backward = watch.wrap("network backward", run.distributed.backward)  # type: ignore[method-assign]
     optimizer = trainer.learner.optimizer
     optimizer.step = watch.wrap("optimizer", optimizer.step)  # type: ignore[method-assign]
@@ -186,6 +188,97 @@ def measure_overlap(config: RunConfig, parts: int, iterations: int = 4, warmup: 
         "overlapped": means[parts],
         "share": means[parts]["iteration"] / means[1]["iteration"],
     }
+
+
+def measure_writing(config: RunConfig, iterations: int = 4, warmup: int = 1) -> dict[str, Any]:
+    """Sampling against transformers' `generate` at the same batch, and updates with prefixes shared or not.
+
+    All ways take turns in one run; every text has `policy.text.max_tokens` tokens, so that lengths are equal.
+    """
+    training = replace(config.training, save_every=0, noise_floor="warn")
+    run = assemble(replace(config, training=training), write=False)
+    policy = run.policy
+    if not isinstance(policy, CaptionPolicy):
+        raise ValueError(f"--writing takes a captioner; {config.policy.model} draws pictures")
+    policy.adapter.ends = []
+    policy._ends = policy._ends[:0]
+    prompts, size = run.trainer.prompts.at(0), config.prompts.group
+    count, longest = len(prompts), config.policy.text.max_tokens
+    policy.chunk = count
+    firsts = [policy._inputs(prompts.text[i], str(prompts.extra[i]["image"])) for i in range(0, count, size)]
+    if len({one["input_ids"].shape for one in firsts}) > 1:
+        raise ValueError("--writing needs prompts and pictures of equal length; name a file with one prompt")
+    batch = {name: torch.cat([one[name] for one in firsts]) for name in firsts[0]}
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, call: Callable[[], object]) -> None:
+        began = perf_counter()
+        call()
+        seconds[name] = seconds.get(name, 0.0) + perf_counter() - began
+
+    def generate() -> None:
+        with torch.no_grad():
+            run.distributed.unwrap(policy.module).generate(  # type: ignore[operator]
+                **batch,
+                do_sample=True,
+                top_k=0,
+                num_return_sequences=size,
+                min_new_tokens=longest,
+                max_new_tokens=longest,
+            )
+
+    def update(shared: bool) -> None:
+        policy.text = replace(policy.text, share_prefix=shared)
+        for pick in policy.picks(trajectory, torch.arange(count), config.training.batch):
+            policy.evaluate(trajectory, pick).log_prob.sum().backward()  # type: ignore[no-untyped-call]
+        policy.module.zero_grad(set_to_none=True)
+        policy.text = config.policy.text
+
+    for round_ in range(warmup + iterations):
+        if round_ == warmup:
+            seconds.clear()
+        key = (config.training.seed, "benchmark", round_)
+        timed("sample", lambda key=key: policy.sample(prompts, Plan(1), key))  # type: ignore[misc]
+        timed("generate", generate)
+        trajectory = policy.sample(prompts, Plan(1), key)
+        timed("update", lambda: update(True))
+        timed("update apart", lambda: update(False))
+    run.distributed.close()
+    each = {name: spent / iterations for name, spent in seconds.items()}
+    tokens = count * longest
+    return {
+        "recipe": config.run.dir.rpartition("/")[2],
+        "device": device_name(run.distributed.device),
+        "texts": count,
+        "group": size,
+        "prompt_tokens": int(firsts[0]["input_ids"].shape[1]),
+        "tokens": longest,
+        "seconds": each,
+        "tokens_per_second": {name: tokens / each[name] for name in ("sample", "generate")},
+        "sampling_gain": each["generate"] / each["sample"],
+        "sharing_gain": each["update apart"] / each["update"],
+    }
+
+
+def print_writing(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = (
+        f"{result['texts']} texts of {result['tokens']} tokens after {result['prompt_tokens']}, groups of "
+        f"{result['group']}, {result['device']}"
+    )
+    table = Table("what", "seconds", "tokens a second", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, spent in result["seconds"].items():
+        rate = result["texts"] * result["tokens"] / spent
+        table.add_row(name, f"{spent:.3f}", f"{rate:.0f}")
+    Console().print(table)
+    print(
+        f"sampling is {result['sampling_gain']:.2f} x as fast as generate; a shared prefix makes the update "
+        f"{result['sharing_gain']:.2f} x as fast"
+    )
 
 
 def print_overlap(result: dict[str, Any]) -> None:

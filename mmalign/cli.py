@@ -140,6 +140,21 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
     best.add_argument("--out", metavar="FILE", help="write the numbers (JSON) and the plot (SVG) there")
     add_overrides(best)
 
+    told = command("caption", caption_command, "Caption a folder of pictures, a JSON line each.")
+    told.add_argument("subject", help="folder of a run of a captioner, a checkpoint, or a model")
+    told.add_argument(
+        "--lora", metavar="FOLDER", help="trained weights over a plain model, as a checkpoint holds them"
+    )
+    told.add_argument("--images", required=True, metavar="FOLDER", help="pictures, also in folders inside it")
+    told.add_argument("--out", required=True, metavar="FILE", help="where lines go; goes on where it ended")
+    told.add_argument("--prompt", default="Describe the picture.", metavar="TEXT", help="what is asked")
+    told.add_argument("--seeds", type=int, default=1, metavar="N", help="captions a picture (default 1)")
+    told.add_argument("--batch", type=int, default=32, metavar="N", help="captions at once (default 32)")
+    told.add_argument(
+        "--temperature", type=float, metavar="T", help="default: the policy's own; near 0: the likeliest"
+    )
+    add_overrides(told)
+
     made = command(
         "reproduce", reproduce_command, "Run experiments on equal budget and write the page of results."
     )
@@ -158,6 +173,11 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
         type=int,
         metavar="PARTS",
         help="a reward as long as sampling: judged at the end against judged in so many parts meanwhile",
+    )
+    bench.add_argument(
+        "--writing",
+        action="store_true",
+        help="of a captioner: its sampling against generate, and its update with and without a shared prefix",
     )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     add_overrides(bench)
@@ -338,6 +358,30 @@ def best_of_n_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def caption_command(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from mmalign import captioning
+    from mmalign.subjects import open_subject
+
+    def write() -> int:
+        images = captioning.pictures_in(Path(options.images))
+        subject = open_subject(options.subject, options.overrides, lora=options.lora)
+        return captioning.caption(
+            subject,
+            images,
+            Path(options.out),
+            options.prompt,
+            options.seeds,
+            options.batch,
+            options.temperature,
+            lambda parts, count: iter(tqdm(parts, total=count, unit="batch", disable=None)),
+        )
+
+    print(f"{early(write)} captions written to {options.out}")
+    return 0
+
+
 def reproduce_command(options: argparse.Namespace) -> int:
     from mmalign import experiments, results
 
@@ -364,6 +408,9 @@ def benchmark_command(options: argparse.Namespace) -> int:
             lambda: benchmark.measure_overlap(config, options.overlap, options.iterations, options.warmup)
         )
         benchmark.print_overlap(result)
+    elif options.writing:
+        result = early(lambda: benchmark.measure_writing(config, options.iterations, options.warmup))
+        benchmark.print_writing(result)
     else:
         result = early(lambda: benchmark.measure(config, options.iterations, options.warmup))
         benchmark.print_table(result)

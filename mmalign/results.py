@@ -329,7 +329,9 @@ def table(result: Found) -> list[str]:
     """A row an arm."""
     scores = [*result["experiment"]["scores"], "diversity"]
     columns = ["arm", "runs", "iterations", "forwards", "seconds"]
-    columns += [name for score in scores for name in (score, "gain")] + ["KL"]
+    columns += [name for score in scores for name in (score, "gain")]
+    apart = any(arm["kl"]["value"] is not None for arm in result["arms"].values())
+    columns += ["KL"] * apart  # of the path; there is none where texts are written
     rows = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for name, arm in result["arms"].items():
         cells = [name, str(arm["runs"]), str(arm["iterations"])]
@@ -340,7 +342,7 @@ def table(result: Found) -> list[str]:
                 f"{number(entry['base'])} → {number(entry['trained']['value'])}",
                 interval(entry["gain"], sign=True),
             ]
-        rows.append(f"| {' | '.join([*cells, interval(arm['kl'])])} |")
+        rows.append(f"| {' | '.join([*cells, *[interval(arm['kl'])] * apart])} |")
     return rows
 
 

@@ -14,20 +14,30 @@ from mmalign.contracts import PairwiseReward, Reward
 
 REWARDS = {
     "adversarial": "mmalign.rewardmodels.adversarial:Adversarial",
+    "aesthetic": "mmalign.rewardmodels.clip:Aesthetic",
     "caption_facts": "mmalign.rewardmodels.lab_captions:CaptionFacts",
     "caption_length": "mmalign.rewardmodels.claimdiff:CaptionLength",
     "claimdiff": "mmalign.rewardmodels.claimdiff:ClaimDiff",
+    "clip_score": "mmalign.rewardmodels.clip:ClipScore",
     "colorfulness": "mmalign.rewardmodels.statistics:Colorfulness",
     "conse": "mmalign.rewardmodels.conse:ConSE",
     "contrast": "mmalign.rewardmodels.statistics:Contrast",
+    "dino_similarity": "mmalign.rewardmodels.dino:DinoSimilarity",
     "holistic": "mmalign.rewardmodels.claimdiff:Holistic",
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
+    "ocr": "mmalign.rewardmodels.ocr:OcrAccuracy",
+    "pickscore": "mmalign.rewardmodels.clip:PickScore",
     "preference": "mmalign.rewardmodels.preference:Preference",
     "remote": "mmalign.rewardmodels.remote:Remote",
+    "sharpness": "mmalign.rewardmodels.statistics:Sharpness",
+    "siglip": "mmalign.rewardmodels.clip:SigLip",
+    "vlm_preference": "mmalign.rewardmodels.vlm_score:VlmPreference",
+    "vlm_score": "mmalign.rewardmodels.vlm_score:VlmScore",
+    "vqa_score": "mmalign.rewardmodels.vlm_score:VqaScore",
 }
 
 

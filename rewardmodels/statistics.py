@@ -1,5 +1,6 @@
-"""Statistics of pixels as rewards: contrast and colorfulness. They read no prompt, need no weights, and pull
-against file size and fidelity: made to try how rewards that conflict are balanced, and as probes of hacking.
+"""Statistics of pixels as rewards: contrast, colorfulness, sharpness. They read no prompt, need no weights,
+and pull against file size and fidelity: made to try how rewards that conflict are balanced, and as probes of
+hacking.
 """
 
 from __future__ import annotations
@@ -53,6 +54,28 @@ class Colorfulness:
         variance = opposed.var(2, correction=0).sum(1)
         mean = opposed.mean(2).square().sum(1)
         return root(variance) + 0.3 * root(mean)
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """Mean square of the Laplacian of the brightness, 0 for a flat picture; differentiable.
+
+    A focus measure: blur lowers it, noise and over-sharpening raise it, so it is a probe rather than a goal.
+    """
+
+    name = "sharpness"
+
+    @torch.no_grad()
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        return RewardSignal(self.name, self.differentiate(outcome)[:, None])
+
+    def differentiate(self, outcome: Outcome) -> Tensor:
+        """The reward [B * views]; gradients reach the media."""
+        images = pictures(self.name, outcome, graph=True)
+        y = (images * images.new_tensor(LUMA)[:, None, None]).sum(1)
+        around = y[:, :-2, 1:-1] + y[:, 2:, 1:-1] + y[:, 1:-1, :-2] + y[:, 1:-1, 2:]
+        found: Tensor = (around - 4 * y[:, 1:-1, 1:-1]).square().mean((1, 2))
+        return found
 
 
 def spread(values: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def captioner(given: list[str]) -> None:
     chosen = vars(parser.parse_args(given))
     out = chosen.pop("out")
     config = CaptionerPretraining(**chosen)
-    rng, unseen = (random.Random(f"captioner {purpose} {config.seed}") for purpose in ("scenes", "heldout"))
+    rng, unseen = (random.Random(f"captioner {purpose}{config.seed}") for purpose in ("", "heldout "))
     scenes = [draw_scene(rng) for _ in range(CAPTIONED_SCENES)]
     scored = [draw_scene(unseen, "heldout") for _ in range(100)]
 

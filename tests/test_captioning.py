@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from mmalign.assembly import assemble
+from mmalign.benchmark import measure_writing
+from mmalign.cli import main
 from mmalign.config import ConfigError, load_config
 from mmalign.data import PromptError, read_prompts
 from mmalign.records import RewardSignal
@@ -113,3 +115,50 @@ def test_a_picture_that_cannot_be_read_is_named(recipe, tmp_path):
     (tmp_path / "pictures" / "0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"0\.png cannot be read as a picture"):
         assemble(load_config(recipe, []), write=False)
+
+
+def test_a_folder_of_pictures_is_captioned_and_gone_on_with(model, tmp_path, capsys):
+    pictures(tmp_path / "pictures", 3)  # two files, and one inside a zip that is none of the folder's
+    out = tmp_path / "out" / "captions.jsonl"
+    command = [
+        "caption",
+        str(model),
+        "--images",
+        str(tmp_path / "pictures"),
+        "--out",
+        str(out),
+        "--seeds",
+        "2",
+    ]
+    command += ["policy.text.max_tokens=6"]
+    assert main(command) == 0
+    rows = [json.loads(line) for line in out.open()]
+    assert [(Path(row["image"]).name, row["seed"]) for row in rows] == [
+        ("0.png", 0),
+        ("0.png", 1),
+        ("1.png", 0),
+        ("1.png", 1),
+    ]
+    assert all(row["prompt"] == "Describe the picture." and isinstance(row["caption"], str) for row in rows)
+
+    whole = out.read_text()
+    out.write_text(
+        "".join(whole.splitlines(keepends=True)[:2]) + whole.splitlines()[2][:20]
+    )  # killed in the third line
+    assert main(command) == 0
+    assert out.read_text() == whole
+    assert main(command) == 0
+    assert "0 captions written" in capsys.readouterr().out
+
+    assert main(["caption", str(model), "--images", str(tmp_path / "none"), "--out", str(out)]) != 0
+    out.write_text("no json\n{}\n")
+    assert main(command) != 0
+    assert "line 1 is no caption" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_writing_measures_all_four_ways(recipe):
+    found = measure_writing(load_config(recipe, []), iterations=1, warmup=0)
+    assert set(found["seconds"]) == {"sample", "generate", "update", "update apart"}
+    assert found["texts"] == 32
+    assert found["tokens"] == 8
+    assert min(found["seconds"].values()) > 0

@@ -78,7 +78,7 @@ def refused(capsys, *arguments):
         (["algorithm.noise.level=0"], "noise.level must be above 0"),
         (["policy.height=32"], "square with a side that is a multiple of 64"),
         (["policy.height=63"], "63"),
-        (["rewards.lab=0"], "at least one weight must not be 0"),
+        (["rewards.lab=0"], "no reward has a weight other than 0"),
         (["run.dir={tmp}/empty.txt"], "cannot write into"),
         (["rewards.bad_reward:Flat=1"], "values must be [samples, units], got (2,)"),
         (["rewards.bad_reward:Short=1"], "must give values of shape [2, units]"),
@@ -376,7 +376,7 @@ def test_the_baseline_of_a_run_is_told_and_drawn(run, tmp_path, capsys):
     assert four["kl"] == pytest.approx(four["kl_bound"], rel=0.5)
     assert list(four["watched"]) == ["lab"]
     assert found["frontier"]["tilted"][0]["reward"] > one["reward"]
-    assert found["trained"]["kl"] > 0
+    assert found["trained"]["kl"] >= 0  # positive where training moved the policy: tests/test_frontier.py
     ElementTree.parse(out.with_suffix(".svg"))
     assert "KL at most" in capsys.readouterr().out
 

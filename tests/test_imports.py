@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where runs are put together out of their parts.
-EDGE = r"mmalign\.(assembly|subjects|config|cli|experiments|results|best_of_n)"
+EDGE = r"mmalign\.(captioning|assembly|subjects|config|cli|experiments|results|best_of_n)"
 DRAWS = r"mmalign\.(pipelines\b.*|testing|lab\.pretrain\w*)"
 REWARDS = r"mmalign\.rewardmodels\b.*"
 
@@ -28,7 +28,10 @@ ONLY_BY = {
     r"diffusers|peft": (DRAWS, "models that draw are for pipelines/"),
     r"transformers": (f"{DRAWS}|{REWARDS}", "models are for pipelines/ and rewardmodels/"),
     r"timm|open_clip|torchvision": (REWARDS, "models that judge are for rewardmodels/"),
-    r"mmalign\.pipelines": (rf"mmalign\.pipelines\b.*|{EDGE}", "the core meets policies as objects"),
+    r"mmalign\.pipelines": (
+        rf"mmalign\.(pipelines\b.*|benchmark)|{EDGE}",
+        "the core meets policies as objects",
+    ),
     r"mmalign\.rewardmodels": (f"{REWARDS}|{EDGE}", "the core meets rewards as objects"),
     r"mmalign\.algorithms": (EDGE, "methods do not know each other, and the loop knows none"),
     r"mmalign\.lab": (r"mmalign\.(lab\b.*|rewardmodels\.lab\w*)", "the core does not know the lab"),

@@ -23,6 +23,8 @@ FITTING = {
     "lab_tempflow_grpo": ["algorithm.starts=1"],
     "lab_g2rpo": ["algorithm.trained=[0, 2]"],
 }
+CAPTIONERS = {"lab_claimdiff", "lab_holistic", "lab_tw_grpo"}  # on the lab's own model, which is small
+REAL = {"qwen3vl_claimdiff", "smolvlm_claimdiff"}  # their weights are not here
 LAUNCHERS = sorted((ROOT / "assets/accelerate").glob("*.yaml"))
 
 
@@ -46,7 +48,26 @@ def test_the_numbers_of_a_recipe_fit_together(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=named)
+@pytest.mark.parametrize("name", sorted(CAPTIONERS))
+def test_a_recipe_of_the_labs_captioner_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = [
+        "prompts.per_iteration=2",
+        "prompts.group=2",
+        "training.iterations=2",
+        "evaluation.prompts=2",
+    ]
+    overrides += ["policy.text.max_tokens=12", "run.tensorboard=false", f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", "--config", f"assets/recipes/{name}.yaml", *overrides]) == 0
+    result = json.loads((tmp_path / "run/report.json").read_text())
+    assert result["iterations"] == 2
+    assert 0 <= result["heldout"]["hallucination"]["trained"] <= 1
+    assert result["forwards"]["train"] <= 2 * 4
+    assert result["forwards"]["sample"] <= 2 * 4 * 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem not in CAPTIONERS | REAL], ids=named)
 def test_a_recipe_runs(path, tmp_path, monkeypatch, capsys):
     if path.stem.startswith("emoji"):
         pytest.importorskip("efficientnet_lite_pytorch")

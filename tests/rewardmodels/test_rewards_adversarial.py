@@ -38,7 +38,9 @@ def references(tmp_path_factory):
 @pytest.fixture
 def made(references):
     def make(**settings):
-        return load("adversarial", references=str(references), **{"features": "pixels", "width": 32, **settings})
+        return load(
+            "adversarial", references=str(references), **{"features": "pixels", "width": 32, **settings}
+        )
 
     return make
 

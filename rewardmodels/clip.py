@@ -1,0 +1,259 @@
+"""Scores of two towers, one of pictures and one of texts, whose embeddings are compared; all with a gradient.
+
+clip        w max(cos, 0), w = 2.5           CLIPScore (Hessel et al. 2021, arXiv:2104.08718)
+siglip      sigmoid(t cos + b)               SigLIP (Zhai et al. 2023, arXiv:2303.15343)
+pickscore   exp(s) cos                       PickScore (Kirstain et al. 2023, arXiv:2305.01569)
+aesthetic   a small head on the picture      LAION's predictors (github.com/LAION-AI/aesthetic-predictor)
+
+Pictures are prepared as the model's own processor does it, in torch, so that gradients reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmalign.records import Outcome, RewardSignal
+from mmalign.rewardmodels.inputs import pictures, texts
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class Prepared:
+    """Pictures as an image processor of transformers makes them: resized, cropped, normalized; in torch."""
+
+    def __init__(self, processor: Any) -> None:
+        said = processor.to_dict()
+        size, crop = said.get("size") or {}, said.get("crop_size") or {}
+        self.shortest = int(size.get("shortest_edge") or 0)
+        self.size = (size["height"], size["width"]) if "height" in size else None
+        cropped = said.get("do_center_crop") and "height" in crop
+        self.crop = (crop["height"], crop["width"]) if cropped else None
+        if self.size is None and not self.shortest:
+            raise ValueError(
+                f"its image processor tells no size of height and width or shortest_edge: {size}"
+            )
+        self.mode = {2: "bilinear", 3: "bicubic"}.get(int(said.get("resample", 3)), "bicubic")
+        self.mean, self.std = (torch.tensor(said[n]).reshape(3, 1, 1) for n in ("image_mean", "image_std"))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[n, 3, H, W] in [0, 1] to what the network takes."""
+        height, width = images.shape[-2:]
+        size = self.size
+        if size is None:
+            share = self.shortest / min(height, width)
+            size = (max(self.shortest, int(height * share)), max(self.shortest, int(width * share)))
+        if size != (height, width):
+            images = F.interpolate(images, size, mode=self.mode, antialias=True).clamp(0, 1)
+        if self.crop is not None:
+            top, left = ((side - part) // 2 for side, part in zip(images.shape[-2:], self.crop, strict=True))
+            images = images[..., top : top + self.crop[0], left : left + self.crop[1]]
+        return (images - self.mean.to(images)) / self.std.to(images)
+
+
+class Towers:
+    """A CLIP or SigLIP of transformers: embeddings of length 1 of pictures and of texts."""
+
+    def __init__(self, name: str, model: str, processor: str | None, precision: Precision) -> None:
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        if precision not in DTYPES:
+            raise ValueError(f"{name}: precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.model: Any = AutoModel.from_pretrained(model, dtype=DTYPES[precision])
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or model)
+            self.prepare = Prepared(AutoImageProcessor.from_pretrained(processor or model))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{name}: model {model} does not load: {error}") from error
+        if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "logit_scale"):
+            raise ValueError(f"{name}: {model} is a {type(self.model).__name__}, not a CLIP or SigLIP")
+        self.model.eval().requires_grad_(False)
+        self._asked: dict[str, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    def move(self, device: torch.device) -> None:
+        if self.device != device:
+            self.model.to(device)
+            self._asked.clear()
+
+    def pictures(self, images: Tensor, batch: int) -> Tensor:
+        """[n, D] in fp32, of length 1; gradients flow."""
+        parts = [
+            _vector(self.model.get_image_features(pixel_values=self.prepare(part).to(self.model.dtype)))
+            for part in torch.split(images, batch)
+        ]
+        return F.normalize(torch.cat(parts), dim=1)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """[n, D] in fp32, of length 1; each distinct text is embedded once."""
+        if new := [text for text in dict.fromkeys(prompts) if text not in self._asked]:
+            longest = self.model.config.text_config.max_position_embeddings
+            siglip = self.model.config.model_type.startswith("siglip")  # it was trained on full rows
+            tokens = self.tokenizer(
+                new,
+                padding="max_length" if siglip else True,
+                truncation=True,
+                max_length=longest,
+                return_tensors="pt",
+            ).to(self.device)
+            names = ("input_ids",) if siglip else ("input_ids", "attention_mask")
+            found = _vector(self.model.get_text_features(**{name: tokens[name] for name in names}))
+            self._asked |= zip(new, F.normalize(found, dim=1), strict=True)
+        return torch.stack([self._asked[text] for text in prompts])
+
+
+def _vector(found: Any) -> Tensor:
+    """Embeddings in fp32, however the version of transformers hands them over."""
+    vector: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    return vector.float()
+
+
+@dataclass(eq=False)
+class TwoTowers:
+    """A score of a picture and its prompt by how alike their embeddings are."""
+
+    model: str  # local folder or hub id
+    processor: str | None = None  # where the tokenizer and image processor lie; null: beside the model
+    precision: Precision = "fp32"  # of the network; bf16 or fp16 are faster on a GPU
+    batch: int = 32  # pictures at once; lower it for less memory
+    name = "two_towers"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"{self.name}: batch must be at least 1, got {self.batch}")
+        self._towers = Towers(self.name, self.model, self.processor, self.precision)
+
+    @torch.no_grad()
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        return RewardSignal(self.name, self._score(pictures(self.name, outcome), texts(outcome))[:, None])
+
+    def differentiate(self, outcome: Outcome) -> Tensor:
+        """The score [B * views]; gradients reach the media."""
+        return self._score(pictures(self.name, outcome, graph=True), texts(outcome))
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self._towers.move(images.device)
+        return self.scaled((self._towers.pictures(images, self.batch) * self._towers.texts(prompts)).sum(1))
+
+    def scaled(self, cosine: Tensor) -> Tensor:
+        """The score of a cosine, [n]."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class ClipScore(TwoTowers):
+    """CLIPScore: 2.5 times the cosine of picture and prompt, not below 0."""
+
+    model: str = "openai/clip-vit-large-patch14"  # any CLIP; local folder or hub id
+    weight: float = 2.5  # factor of the cosine
+    name = "clip_score"
+
+    def scaled(self, cosine: Tensor) -> Tensor:
+        return self.weight * cosine.clamp(min=0)
+
+
+@dataclass(eq=False)
+class SigLip(TwoTowers):
+    """The probability that SigLIP gives to a picture and its prompt being a pair, 0 to 1."""
+
+    model: str = "google/siglip-so400m-patch14-384"  # any SigLIP or SigLIP 2; local folder or hub id
+    name = "siglip"
+
+    def scaled(self, cosine: Tensor) -> Tensor:
+        network = self._towers.model
+        if not hasattr(network, "logit_bias"):
+            raise ValueError(f"siglip: {self.model} has no bias of its logits, so it is no SigLIP")
+        logits: Tensor = cosine * network.logit_scale.float().exp() + network.logit_bias.float()
+        return logits.sigmoid()
+
+
+@dataclass(eq=False)
+class PickScore(TwoTowers):
+    """PickScore: what people preferred, about 18 to 24; the temperature of its CLIP times the cosine."""
+
+    model: str = "yuvalkirstain/PickScore_v1"  # local folder or hub id
+    processor: str | None = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    name = "pickscore"
+
+    def scaled(self, cosine: Tensor) -> Tensor:
+        scale: Tensor = self._towers.model.logit_scale.float().exp()
+        return scale * cosine
+
+
+@dataclass(eq=False)
+class Aesthetic:
+    """LAION's aesthetic score of a picture, about 1 to 10, whatever the prompt; CLIP ViT-L/14 and a head.
+
+    head: its weights, either the improved predictor (five layers without activations in between,
+    sac+logos+ava1-l14-linearMSE.pth) or the first one (one layer, sa_0_4_vit_l_14_linear.pth).
+    """
+
+    head: str  # .pth or .safetensors file
+    model: str = "openai/clip-vit-large-patch14"  # the CLIP that the head was trained on
+    precision: Precision = "fp32"  # of the network; bf16 or fp16 are faster on a GPU
+    batch: int = 32  # pictures at once; lower it for less memory
+    name = "aesthetic"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"aesthetic: batch must be at least 1, got {self.batch}")
+        self._towers = Towers(self.name, self.model, None, self.precision)
+        self._head = read_head(Path(self.head), int(self._towers.model.config.projection_dim))
+
+    @torch.no_grad()
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        return RewardSignal(self.name, self._score(pictures(self.name, outcome))[:, None])
+
+    def differentiate(self, outcome: Outcome) -> Tensor:
+        """The score [B * views]; gradients reach the media."""
+        return self._score(pictures(self.name, outcome, graph=True))
+
+    def _score(self, images: Tensor) -> Tensor:
+        self._towers.move(images.device)
+        found: Tensor = self._head.to(images.device)(self._towers.pictures(images, self.batch))
+        return found[:, 0]
+
+
+def read_head(file: Path, width: int) -> nn.Module:
+    """A head of linear layers from its file; dropout in between does nothing when scoring."""
+    if not file.is_file():
+        raise ValueError(f"aesthetic: there is no head {file}; get it from LAION's aesthetic predictors")
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(file)
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    weights = sorted((name for name in state if name.endswith("weight")), key=_number)
+    layers = []
+    for name in weights:
+        high, low = state[name].shape
+        if low != width:
+            raise ValueError(
+                f"aesthetic: the head {file} takes {low} numbers and is given {width}; other CLIP?"
+            )
+        layer = nn.Linear(low, high)
+        layer.load_state_dict({"weight": state[name], "bias": state[name.replace("weight", "bias")]})
+        layers.append(layer)
+        width = high
+    if width != 1:
+        raise ValueError(f"aesthetic: {file} is no head, it ends in {width} numbers instead of a score")
+    return nn.Sequential(*layers).float().eval().requires_grad_(False)
+
+
+def _number(name: str) -> int:
+    """The place of a layer: layers.6.weight -> 6; 0 where there is only one."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), 0)

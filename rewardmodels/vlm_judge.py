@@ -1,0 +1,156 @@
+"""A vision-language model as the judge of captions, behind an OpenAI-compatible endpoint.
+
+It is told the rules of ClaimDiff-RL (arXiv:2605.20278) in words of our own, sees the picture and the
+reference first and the caption last (what a group shares is then one prefix for the server), and answers by a
+JSON schema. What cannot be read is asked again, with a temperature.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from mmalign.claims import SCHEMA, ClaimError, Comparison, parse
+from mmalign.pictures import open_picture
+from mmalign.rewardmodels.caption_judges import Case, Judged
+from mmalign.rewardmodels.endpoint import Answer, Endpoint, Question, said, shown
+
+RULES = """You compare two descriptions of the picture, A and B. List every concrete visual difference between
+them, one difference an entry, and hold each side against the picture alone. B may be incomplete or wrong as
+well. A true detail that only one side has is no error of that side; that the other side leaves it out is an
+error of the other side, of a type that ends in _omission. A vague or either-or statement is an error where
+the picture settles the matter. Saying the same again is a repetition_error. Judgment is the side that is
+right, or both_wrong, or both_supported. An error has a type made of what it is about and what is wrong with
+it, such as color_hallucination, count_mismatch, object_omission, spatial_relation_error, or NONE; a few words
+of detail; and a severity: 3 for the main subject, an action or an identity, 2 for what is important, 1 for
+what is peripheral or a matter of style, null with NONE. At the end name the better description, A, B or Tie.
+Answer with JSON of the form {"differences": [{"aspect", "claim_a", "claim_b", "judgment", "error_a": {"type",
+"detail", "severity"}, "error_b": {"type", "detail", "severity"}}], "overall_winner"}. Quote claims word for
+word; leave a claim empty where a side says nothing."""
+RATING = """Rate the description of the picture from 0 to 10 for being right, covering what is there, and
+naming attributes, counts, relations and text rightly. What is invented weighs more than what is left out;
+length earns nothing. Answer with the number alone."""
+T = TypeVar("T")
+_NUMBER = re.compile(r"(?<![\d.])(10(?:\.0+)?|\d(?:\.\d+)?)(?![\d.]*\d)")
+
+
+@dataclass
+class EndpointJudge:
+    """Asks a model to compare captions, or to rate them.
+
+    swap: ask a second time with the captions exchanged; a preference for a place then cancels out. looks: how
+    often each is asked with a temperature of 0.7, 1 is once at 0 (self-consistency). attempts: further tries
+    where an answer cannot be read. structured: hold the server to the schema. Other settings are those of
+    `Endpoint`.
+    """
+
+    url: str
+    model: str
+    swap: bool = False
+    looks: int = 1
+    attempts: int = 3
+    structured: bool = False
+    side: int = 1024  # pixels of a picture, at most
+    seed: int = 0  # of the temperatures of further tries
+    endpoint: dict[str, object] = field(default_factory=dict)
+    name = "endpoint"
+    needs = ("reference", "image")
+
+    def __post_init__(self) -> None:
+        if self.looks < 1 or self.attempts < 0:
+            raise ValueError(
+                f"looks must be at least 1 and attempts not negative, got {self.looks}, {self.attempts}"
+            )
+        self.client = Endpoint(self.url, self.model, **self.endpoint)  # type: ignore[arg-type]
+
+    def compare(self, cases: Sequence[Case]) -> list[Judged]:
+        asked: list[tuple[int, bool, Question]] = []
+        problems: dict[int, str] = {}
+        for number, case in enumerate(cases):
+            try:
+                picture = shown(open_picture(str(case.image)), self.side)
+            except ValueError as error:
+                problems[number] = str(error)
+                continue
+            for look in range(self.looks):
+                for swapped in (False, True)[: 1 + self.swap]:
+                    a, b = (case.reference, case.caption) if swapped else (case.caption, case.reference)
+                    parts = [said(RULES), picture]
+                    parts += (
+                        [said(f"A: {a}"), said(f"B: {b}")] if swapped else [said(f"B: {b}"), said(f"A: {a}")]
+                    )
+                    schema = SCHEMA if self.structured else None
+                    heat = 0.7 if self.looks > 1 else 0.0
+                    question = Question([{"role": "user", "content": parts}], heat, look * 1000, schema)
+                    asked.append((number, swapped, question))
+        found = self._read([question for *_, question in asked], parse)
+        judged = []
+        for number in range(len(cases)):
+            rows = [(flip, *found[i]) for i, (n, flip, _) in enumerate(asked) if n == number]
+            read = [(flip, look) for flip, look, *_ in rows if isinstance(look, Comparison)]
+            looks = tuple(look.swapped if flip else look for flip, look in read)
+            problem = problems.get(number) or next((why for _, why, *_ in rows if isinstance(why, str)), "")
+            calls, tokens = sum(row[2] for row in rows), sum(row[3] for row in rows)
+            judged.append(Judged(looks, "" if looks else problem, calls, tokens))
+        return judged
+
+    def rate(self, cases: Sequence[Case]) -> list[float | str]:
+        questions: list[Question] = []
+        places: list[int] = []
+        answers: dict[int, float | str] = {}
+        for number, case in enumerate(cases):
+            try:
+                picture = shown(open_picture(str(case.image)), self.side)
+            except ValueError as error:
+                answers[number] = str(error)
+                continue
+            parts = [said(RATING), picture, said(f"Description: {case.caption}")]
+            questions.append(Question([{"role": "user", "content": parts}]))
+            places.append(number)
+        for number, (found, *_) in zip(places, self._read(questions, rating), strict=True):
+            answers[number] = found
+        return [answers[number] for number in range(len(cases))]
+
+    def _read(
+        self, questions: Sequence[Question], read: Callable[[str], T]
+    ) -> list[tuple[T | str, int, int]]:
+        """What is read from the answer to each question, or the problem; and what it cost."""
+        found: list[T | str] = [""] * len(questions)
+        cost = [[0, 0] for _ in questions]
+        open_ = list(range(len(questions)))
+        for attempt in range(self.attempts + 1):
+            again = []
+            batch = [questions[i] for i in open_]
+            if attempt:  # the same temperature in every run, so that a recording can be replayed
+                heat = random.Random(f"{self.seed} {attempt}").random()
+                batch = [replace(q, attempt=q.attempt + attempt, temperature=heat) for q in batch]
+            for i, answer in zip(open_, self.client.ask(batch), strict=True):
+                cost[i][0] += answer.calls
+                cost[i][1] += answer.tokens
+                found[i], readable = _readable(answer, read)
+                if answer.text is not None and not readable:
+                    again.append(i)
+            open_ = again
+            if not open_:
+                break
+        return [(value, calls, tokens) for value, (calls, tokens) in zip(found, cost, strict=True)]
+
+
+def _readable(answer: Answer, read: Callable[[str], T]) -> tuple[T | str, bool]:
+    if answer.text is None:
+        return answer.problem, False
+    try:
+        return read(answer.text), True
+    except ClaimError as error:
+        return str(error), False
+
+
+def rating(answer: str) -> float:
+    """The number from 0 to 10 in an answer, the last if it thinks aloud; ClaimError where there is none."""
+    found = _NUMBER.findall(answer)
+    if not found:
+        raise ClaimError(f"the answer holds no number from 0 to 10: {answer[:80]!r}")
+    return float(found[-1])

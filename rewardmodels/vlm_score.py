@@ -1,0 +1,203 @@
+"""A vision-language model asked about a picture: by its probability of yes, or in words behind an endpoint.
+
+vqa_score        P(yes) / (P(yes) + P(no)) of the next token     VQAScore (Lin et al. 2024, arXiv:2404.01291)
+vlm_score        a number in an answer                           as UnifiedReward (arXiv:2503.05236)
+vlm_preference   which of two pictures is better                 as UnifiedReward, pairwise
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmalign.contracts import Media
+from mmalign.records import Outcome, Prompts, RewardSignal
+from mmalign.rewardmodels.clip import DTYPES, Precision
+from mmalign.rewardmodels.endpoint import Endpoint, Question, said, shown
+from mmalign.rewardmodels.inputs import pictures, texts
+
+
+@dataclass(eq=False)
+class VqaScore:
+    """How likely a vision-language model is to say yes to the picture showing its prompt, 0 to 1."""
+
+    model: str  # any image-text-to-text model of transformers; local folder or hub id
+    question: str = 'Does this picture show "{}"? Please answer yes or no.'  # {} is the prompt
+    yes: tuple[str, ...] = ("yes",)  # words that count; with and without a capital and a space before
+    no: tuple[str, ...] = ("no",)  # likewise
+    precision: Precision = "fp32"  # of the network; bf16 or fp16 are faster on a GPU
+    batch: int = 8  # pictures at once; lower it for less memory
+    name = "vqa_score"
+
+    def __post_init__(self) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if self.precision not in DTYPES:
+            raise ValueError(
+                f"vqa_score: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}"
+            )
+        if "{}" not in self.question:
+            raise ValueError(f"vqa_score: question must hold {{}} for the prompt, got {self.question!r}")
+        if self.batch < 1:
+            raise ValueError(f"vqa_score: batch must be at least 1, got {self.batch}")
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(self.model)
+            self._model: Any = AutoModelForImageTextToText.from_pretrained(
+                self.model, dtype=DTYPES[self.precision]
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"vqa_score: model {self.model} does not load: {error}") from error
+        self._model.eval().requires_grad_(False)
+        self._processor.tokenizer.padding_side = "left"
+        self._yes, self._no = (variants(self._processor.tokenizer, words) for words in (self.yes, self.no))
+        for setting, tokens in (("yes", self._yes), ("no", self._no)):
+            if not tokens:
+                raise ValueError(f"vqa_score: the tokenizer of {self.model} has no token for {setting}")
+
+    @torch.no_grad()
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        images, prompts = pictures(self.name, outcome), texts(outcome)
+        self._model.to(images.device)
+        rows = [slice(first, first + self.batch) for first in range(0, len(images), self.batch)]
+        values = torch.cat([self._ask(images[part], prompts[part]) for part in rows])
+        return RewardSignal(self.name, values[:, None])
+
+    def _ask(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": picture_of(image)},
+                        {"type": "text", "text": self.question.replace("{}", prompt)},
+                    ],
+                }
+            ]
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        inputs = self._processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        ).to(images.device)
+        log_p = self._model(**inputs).logits[:, -1].float().log_softmax(-1)
+        yes, no = (log_p[:, list(tokens)].logsumexp(1) for tokens in (self._yes, self._no))
+        found: Tensor = (yes - no).sigmoid()
+        return found
+
+
+def variants(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The single tokens that spell one of the words, with or without a capital and a space before it."""
+    spelled = {form for word in words for form in (word, word.capitalize(), word.upper())}
+    wanted = {prefix + form for form in spelled for prefix in ("", " ")}
+    found = set()
+    for text in wanted:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+            found.add(int(ids[0]))
+    return sorted(found)
+
+
+def picture_of(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] as the processors of language models take it."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().contiguous()
+    return Image.fromarray(pixels.numpy())
+
+
+RATE = (
+    "Rate how well the picture shows what was asked for, and how good it looks, with a number from {low} to "
+    "{high}. "
+    'Asked for: "{prompt}". Say why in a sentence, then end with: Final score: NUMBER'
+)
+COMPARE = (
+    'Two pictures, first and second, were made for: "{prompt}". Which shows it better and looks better? Say '
+    "why in a sentence, then end with: Better: first, Better: second, or Better: tie"
+)
+_SCORE = re.compile(r"final score\W*(-?\d+(?:\.\d+)?)", re.I)
+_BETTER = re.compile(r"better\W*(first|second|tie)", re.I)
+
+
+@dataclass
+class VlmScore:
+    """The number that a model behind an endpoint gives a picture, between `low` and `high`.
+
+    An answer without a number in that range is no verdict. Settings of `Endpoint` go into `endpoint`.
+    """
+
+    url: str  # address of the endpoint, http://localhost:8000/v1
+    model: str  # name that the endpoint knows the model by
+    low: float = 1.0  # lowest number of the scale
+    high: float = 5.0  # highest number of the scale
+    template: str = RATE  # {prompt}, {low} and {high} are filled in
+    endpoint: dict[str, Any] = field(default_factory=dict)  # settings of `Endpoint`: parallel, budgets, cache
+    name = "vlm_score"
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"vlm_score: low must lie below high, got {self.low} and {self.high}")
+        self._client = Endpoint(self.url, self.model, **self.endpoint)
+
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        images = pictures(self.name, outcome, "cpu")
+        asked = [
+            self.template.format(prompt=prompt, low=f"{self.low:g}", high=f"{self.high:g}")
+            for prompt in texts(outcome)
+        ]
+        questions = [
+            Question([{"role": "user", "content": [shown(picture_of(image)), said(text)]}])
+            for image, text in zip(images, asked, strict=True)
+        ]
+        values, details = [], []
+        for answer in self._client.ask(questions):
+            numbers = [float(number) for number in _SCORE.findall(answer.text or "")]
+            value = numbers[-1] if numbers and self.low <= numbers[-1] <= self.high else torch.nan
+            values.append(value)
+            missing = answer.problem or "the answer holds no score in the range"
+            details.append({"said": answer.text} if value == value else {"missing": missing})
+        return RewardSignal(self.name, torch.tensor(values)[:, None], details=list(details))
+
+
+@dataclass
+class VlmPreference:
+    """Which of two pictures a model behind an endpoint finds better; asked in both orders by default."""
+
+    url: str  # address of the endpoint, http://localhost:8000/v1
+    model: str  # name that the endpoint knows the model by
+    both_orders: bool = True  # ask for each pair twice, either picture first
+    template: str = COMPARE  # {prompt} is filled in
+    endpoint: dict[str, Any] = field(default_factory=dict)  # settings of `Endpoint`: parallel, budgets, cache
+    name = "vlm_preference"
+
+    def __post_init__(self) -> None:
+        self._client = Endpoint(self.url, self.model, **self.endpoint)
+
+    def prefer(self, prompts: Prompts, first: Media, second: Media) -> Tensor:
+        """1 where the first is better, 0 where the second, 1/2 for a tie, NaN without a verdict; [n]."""
+        pairs = [pictures(self.name, Outcome(prompts, media), "cpu") for media in (first, second)]
+        questions = [
+            Question(
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            shown(picture_of(one)),
+                            shown(picture_of(other)),
+                            said(self.template.format(prompt=prompt)),
+                        ],
+                    }
+                ]
+            )
+            for one, other, prompt in zip(*pairs, prompts.text, strict=True)
+        ]
+        share = {"first": 1.0, "second": 0.0, "tie": 0.5}
+        found = [_BETTER.findall(answer.text or "") for answer in self._client.ask(questions)]
+        return torch.tensor([share[words[-1].lower()] if words else torch.nan for words in found])
