@@ -15,6 +15,7 @@ draw.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -222,9 +223,10 @@ class Adversarial:
             self._backbone = backbone(self.features, self._device)
         images = (images * 255).round() / 255
         size = CPU_BATCH if images.device.type == "cpu" else self.batch
-        parts = [self._backbone(part) for part in images.split(size)]
+        parts = [self._backbone(part) for part in torch.split(images, size)]
         found = torch.cat([part if self.local else part[:, :1] for part in parts]).cpu()
-        return normalize(found, dim=-1) * found.shape[-1] ** 0.5
+        unit: Tensor = normalize(found, dim=-1)
+        return unit * math.sqrt(found.shape[-1])
 
     def _references(self, outcome: Outcome) -> tuple[Tensor, Tensor]:
         """Features of references at the size of the samples: to learn from, and anchors. Read once."""
@@ -314,7 +316,8 @@ def backbone(features: str, device: torch.device) -> Callable[[Tensor], Tensor]:
         return tiles
     found = load_features(features, device)
     assert isinstance(found, Classifier | Tower)
-    return found.tokens
+    tokens: Callable[[Tensor], Tensor] = found.tokens
+    return tokens
 
 
 def tiles(images: Tensor) -> Tensor:
