@@ -68,7 +68,7 @@ class Adversarial:
     buffer: int = 512  # past samples that are kept; 0: none
     anchors: int = 32  # references, and samples of the first iteration, that are never learned from
     tolerance: float = 0.1  # loss of accuracy on the anchors, against the best, at which a lesson is undone
-    seed: int = 0
+    seed: int = 0  # of the head, of which pictures are anchors, and of all draws
     name = "adversarial"
 
     def __post_init__(self) -> None:
