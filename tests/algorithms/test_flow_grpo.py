@@ -109,5 +109,6 @@ def test_every_name_in_the_table_leads_to_a_method():
 
     for key, place in ALGORITHMS.items():
         module, name = place.split(":")
-        given = {"thinking": "watched"} if key == "trust_grpo" else {}  # the one setting without a default
-        assert getattr(import_module(module), name)(**given).build({"r": 1.0, "watched": 0.5}).plans(0, 0)
+        trust = key == "trust_grpo"  # the one with a setting that has no default
+        method = getattr(import_module(module), name)(**({"thinking": "watched"} if trust else {}))
+        assert method.build({"r": 1.0, "watched": 0.3 if trust else 0.0}).plans(0, 0)
