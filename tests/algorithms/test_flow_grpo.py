@@ -107,6 +107,8 @@ def test_the_pull_to_the_base_model_holds_the_policy_back():
 def test_every_name_in_the_table_leads_to_a_method():
     from importlib import import_module
 
-    for place in ALGORITHMS.values():
+    for key, place in ALGORITHMS.items():
         module, name = place.split(":")
-        assert getattr(import_module(module), name)().build({"r": 1.0, "watched": 0.0}).plans(0, 0)
+        trust = key == "trust_grpo"  # the one with a setting that has no default
+        method = getattr(import_module(module), name)(**({"thinking": "watched"} if trust else {}))
+        assert method.build({"r": 1.0, "watched": 0.3 if trust else 0.0}).plans(0, 0)
