@@ -15,8 +15,10 @@ from mmalign.contracts import PairwiseReward, Reward
 REWARDS = {
     "adversarial": "mmalign.rewardmodels.adversarial:Adversarial",
     "aesthetic": "mmalign.rewardmodels.clip:Aesthetic",
+    "caprl": "mmalign.rewardmodels.caprl:CapRL",
     "caption_facts": "mmalign.rewardmodels.lab_captions:CaptionFacts",
     "caption_length": "mmalign.rewardmodels.claimdiff:CaptionLength",
+    "choices": "mmalign.rewardmodels.choices:Choices",
     "claimdiff": "mmalign.rewardmodels.claimdiff:ClaimDiff",
     "clip_score": "mmalign.rewardmodels.clip:ClipScore",
     "colorfulness": "mmalign.rewardmodels.statistics:Colorfulness",
@@ -29,6 +31,7 @@ REWARDS = {
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
+    "likelihood": "mmalign.rewardmodels.likelihood:Likelihood",
     "ocr": "mmalign.rewardmodels.ocr:OcrAccuracy",
     "pickscore": "mmalign.rewardmodels.clip:PickScore",
     "preference": "mmalign.rewardmodels.preference:Preference",

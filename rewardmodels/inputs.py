@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,11 @@ def frames(name: str, outcome: Outcome, device: str | torch.device | None = None
 def texts(outcome: Outcome) -> list[str]:
     """The prompt of every row of the media."""
     return [text for text in outcome.prompts.text for _ in range(outcome.views)]
+
+
+def extras(outcome: Outcome) -> list[Mapping[str, object]]:
+    """What the prompt of every row of the media brings along."""
+    return [extra for extra in outcome.prompts.extra for _ in range(outcome.views)]
 
 
 def _checked(name: str, outcome: Outcome, device: str | torch.device | None, ndim: int, shape: str) -> Tensor:

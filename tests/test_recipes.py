@@ -23,7 +23,17 @@ FITTING = {
     "lab_tempflow_grpo": ["algorithm.starts=1"],
     "lab_g2rpo": ["algorithm.trained=[0, 2]"],
 }
-CAPTIONERS = {"lab_claimdiff", "lab_holistic", "lab_tw_grpo"}  # on the lab's own model, which is small
+# On the lab's own model, which is small.
+CAPTIONERS = {
+    "lab_caprl",
+    "lab_claimdiff",
+    "lab_drpo",
+    "lab_holistic",
+    "lab_igpo",
+    "lab_pow3r",
+    "lab_trust_grpo",
+    "lab_tw_grpo",
+}
 REAL = {"qwen3vl_claimdiff", "smolvlm_claimdiff"}  # their weights are not here
 LAUNCHERS = sorted((ROOT / "assets/accelerate").glob("*.yaml"))
 

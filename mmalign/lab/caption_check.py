@@ -122,8 +122,22 @@ _WORD = re.compile(
 _COUNT = re.compile(rf"\b(?P<count>{_any(NUMBERS)})\s+things?\b", re.I)
 
 
-def check(caption: str, scene: Scene) -> Reading:
-    """Every claim of the caption held against the scene."""
+@dataclass(frozen=True)
+class Heard:
+    """What a caption says, whatever it is about.
+
+    mentions: its things, each once. links: each relation, and the places of its two ends among the mentions.
+    words, counts: what it says is written, and how many things it says there are.
+    """
+
+    mentions: tuple[Phrase, ...]
+    links: tuple[tuple[re.Match[str], tuple[int, int]], ...]
+    words: tuple[re.Match[str], ...]
+    counts: tuple[re.Match[str], ...]
+
+
+def hear(caption: str) -> Heard:
+    """The phrases of a caption."""
     text = caption
     links = list(_LINK.finditer(text))
     text = _blank(text, links)
@@ -132,21 +146,33 @@ def check(caption: str, scene: Scene) -> Reading:
     counts = list(_COUNT.finditer(text))
     mentions = [_phrase(caption, *found.span()) for found in _THING.finditer(_blank(text, counts))]
 
-    claims = [*_counted(counts, scene), *_spelled(words, scene)]
-    ends = []
-    for found in links:
-        pair = []
-        for side in ("first", "second"):
-            phrase = _phrase(caption, *found.span(side))
-            place = _meant(phrase, mentions)
-            if place is None:
-                place = len(mentions)
-                mentions.append(phrase)
-            pair.append(place)
-        ends.append((found, pair))
-    meant = assign(mentions, scene.things)
-    claims += _described(mentions, meant, scene)
-    claims += _related(ends, meant, scene)
+    def place(phrase: Phrase) -> int:
+        found = _meant(phrase, mentions)
+        if found is None:
+            mentions.append(phrase)
+            return len(mentions) - 1
+        return found
+
+    ends = [
+        (
+            found,
+            (place(_phrase(caption, *found.span("first"))), place(_phrase(caption, *found.span("second")))),
+        )
+        for found in links
+    ]
+    return Heard(tuple(mentions), tuple(ends), tuple(words), tuple(counts))
+
+
+def check(caption: str, scene: Scene) -> Reading:
+    """Every claim of the caption held against the scene."""
+    heard = hear(caption)
+    meant = assign(heard.mentions, scene.things)
+    claims = [
+        *_counted(heard.counts, scene),
+        *_spelled(heard.words, scene),
+        *_described(heard.mentions, meant, scene),
+        *_related(heard.links, meant, scene),
+    ]
     return Reading(tuple(sorted(claims, key=lambda claim: (claim.start, claim.end))), tuple(facts(scene)))
 
 
@@ -253,7 +279,7 @@ def _described(mentions: Sequence[Phrase], meant: Sequence[int | None], scene: S
 
 
 def _related(
-    links: Sequence[tuple[re.Match[str], list[int]]], meant: Sequence[int | None], scene: Scene
+    links: Sequence[tuple[re.Match[str], tuple[int, int]]], meant: Sequence[int | None], scene: Scene
 ) -> Iterator[Claim]:
     """The claims of relations; the thing named first stands so to the second."""
     known: set[Fact] = set()
