@@ -126,6 +126,14 @@ def test_images_equal_those_of_the_plain_pipeline(make, plain, kind, guidance, n
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_guidance_is_rescaled_as_in_the_plain_pipeline(make, plain, kind):
+    policy = make(kind, guidance=5.0, guidance_rescale=0.7)
+    ours, theirs = both(policy, plain(kind), guidance_rescale=0.7)
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours - both(policy, plain(kind))[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_images_are_equal_away_from_the_square_and_at_other_numbers_of_steps(make, plain, kind):
     policy = make(kind, guidance=3.0, height=48, width=32)
     for steps in (1, 7):
