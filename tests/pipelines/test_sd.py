@@ -63,7 +63,7 @@ def make(folders, read):
 
     def build(kind="sd", noise=None, *, chunk=64, seed=0, **settings):
         policy = PolicySettings(str(folders[kind]), **({"lora": LoraSettings(rank=4, alpha=6)} | settings))
-        key = (kind, policy.precision, policy.lora.rank == 0)
+        key = (kind, policy.precision, policy.lora.rank == 0, policy.guidance_rescale)
         if key not in read:
             read[key] = KINDS[kind][3](policy)
         return FlowPolicy(
