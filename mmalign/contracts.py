@@ -220,7 +220,7 @@ class PolicySettings:
     # What a guidance-distilled model (FLUX, HunyuanVideo) is told its guidance is, at no cost; null: what its
     # pipeline has by default. Its true classifier-free guidance is `guidance`.
     embedded_guidance: float | None = None
-    # 0 to 1: how far guided predictions are brought back to the size of unguided ones (SD, SDXL, LTX); raise
+    # 0 to 1: how far guided predictions are brought back to the size of unguided ones (SD, SDXL); raise
     # it where guidance over-exposes.
     guidance_rescale: float = 0.0
     max_sequence_length: int = 256  # tokens of the T5 encoder, where the family has one

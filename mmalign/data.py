@@ -71,14 +71,21 @@ def read_prompts(file: Path | str) -> list[Prompt]:
 
 
 def _pictured(prompt: Prompt, path: Path, number: int) -> Prompt:
-    """A prompt whose line names a picture, by its path from the folder of the file, with the whole path."""
-    named = prompt.extra.get("image")
-    if not isinstance(named, str):
-        return prompt
-    file = str(path.parent / named)
-    if reason := missing(file):
-        raise PromptError(f"{path}, line {number}: {reason}")
-    return Prompt(prompt.text, {**prompt.extra, "image": file}, prompt.members)
+    """A prompt with the whole paths of the pictures that its line names from the folder of the file.
+
+    image: one that is asked about. source: one or several to edit, to begin a video with, or to refer to.
+    """
+    extra = dict(prompt.extra)
+    for key in ("image", "source"):
+        named = extra.get(key)
+        files = [named] if isinstance(named, str) else named if key == "source" else None
+        if not isinstance(files, list):
+            continue
+        whole = [str(path.parent / str(file)) for file in files]
+        for reason in filter(None, map(missing, whole)):
+            raise PromptError(f"{path}, line {number}: {reason}")
+        extra[key] = whole[0] if isinstance(named, str) else whole
+    return Prompt(prompt.text, extra, prompt.members)
 
 
 def _paired(prompt: Prompt, path: Path, number: int) -> Prompt:

@@ -42,14 +42,13 @@ class Family:
     lora_targets: tuple[str, ...] = ATTENTION
     patch = 2
     default_side = 128
-    rescales = False  # whether its pipeline knows guidance rescale
 
     def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
         self.pipeline: Any = read(self.kind, settings) if pipeline is None else pipeline
         self.settings, self.max_sequence_length = settings, settings.max_sequence_length
         self.network: nn.Module = getattr(self.pipeline, self.component)
         check_schedule(self.pipeline.scheduler)
-        if settings.guidance_rescale and not self.rescales:
+        if settings.guidance_rescale:
             raise ValueError(f"policy.guidance_rescale must be 0: a {self.kind} has none")
 
     # ---- sizes
@@ -138,8 +137,7 @@ class Family:
 
     def combine(self, both: Tensor, guidance: float) -> Tensor:
         """Guidance; both: velocities of the negative half, then of the positive half, in fp32."""
-        found = guided(both, guidance)
-        return rescaled(found, both.chunk(2)[1], self.settings.guidance_rescale)
+        return guided(both, guidance)
 
     def told(self, x: Tensor) -> Tensor:
         """The guidance that a guidance-distilled network is told, [n]."""

@@ -113,7 +113,10 @@ class SeesPictures(Protocol):
     """An adapter whose network also sees pictures: to edit them, to begin a video with them, as references.
 
     They are the files that a prompt names as its `source`, one or a list, each fitted to the policy's size.
+    needs_pictures: whether it refuses prompts without one.
     """
+
+    needs_pictures: bool
 
     def encode_with(self, text: str, pictures: Tensor) -> Condition:
         """What the network sees of one text and its pictures [k, 3, H, W] in [0, 1]; else as `encode`."""
@@ -370,7 +373,7 @@ class FlowPolicy:
         if not isinstance(self.adapter, SeesPictures):
             return self._texts(prompts.text, guidance)
         rows = zip(prompts.text, prompts.extra, strict=True)
-        sources = [sources_of(text, extra) for text, extra in rows]
+        sources = [sources_of(text, extra, self.adapter.needs_pictures) for text, extra in rows]
         if len(counts := {len(files) for files in sources}) > 1:
             raise ValueError(f"all prompts need equally many pictures as source, got {sorted(counts)}")
         return self._texts(prompts.text, guidance, sources)
@@ -399,7 +402,9 @@ class FlowPolicy:
             self._cache.move_to_end(key)
             return self._cache[key]
         if isinstance(self.adapter, SeesPictures):
-            pictures = torch.stack([self._picture(file) for file in files]).to(self.device)
+            high, wide = (places * self.adapter.scale for places in self.shape[-2:])
+            pictures = torch.stack([torch.zeros(3, high, wide), *map(self._picture, files)])[1:]
+            pictures = pictures.to(self.device)
             seen = self.adapter.encode_with(text, pictures)
         else:
             seen = self.adapter.encode(text)
@@ -586,9 +591,11 @@ def lora_file(component: str) -> str:
     return LORA_FILE.replace(".", f"_{component[-1]}.") if component[-1].isdigit() else LORA_FILE
 
 
-def sources_of(text: str, extra: Mapping[str, object]) -> tuple[str, ...]:
+def sources_of(text: str, extra: Mapping[str, object], needed: bool) -> tuple[str, ...]:
     """The picture files that a prompt names as its `source`."""
     named = extra.get("source")
+    if named is None and not needed:
+        return ()
     files = [named] if isinstance(named, str) else named
     if not (isinstance(files, list) and files and all(isinstance(file, str) for file in files)):
         raise ValueError(

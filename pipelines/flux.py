@@ -58,6 +58,7 @@ class FluxKontext(Flux):
     """
 
     kind = "FluxKontextPipeline"
+    needs_pictures = True
 
     def encode_with(self, text: str, pictures: Tensor) -> Condition:
         if len(pictures) > 1:

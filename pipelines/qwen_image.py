@@ -74,6 +74,7 @@ class QwenImageEdit(QwenImage):
     """
 
     kind = "QwenImageEditPipeline"
+    needs_pictures = True
 
     def encode_with(self, text: str, pictures: Tensor) -> Condition:
         if len(pictures) > 1:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.contracts import PolicySettings
+from mmalign.pipelines.family import rescaled
 from mmalign.pipelines.flow import DTYPES, Condition, guided
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -52,6 +53,7 @@ class StableDiffusion:
             "vae": torch.float32,  # its half-precision errors are visible, and it is a small part of the cost
             "default": frozen,
         }
+        self.rescale = settings.guidance_rescale
         self.pipeline: Any = kind.from_pretrained(settings.model, dtype=dtypes, **parts)
         self.network: nn.Module = self.pipeline.unet
         config = self.pipeline.scheduler.config
@@ -128,7 +130,11 @@ class StableDiffusion:
             condition = {name: torch.cat([negative[name], condition[name]]) for name in condition}
         named = self.conditioning(condition, y)
         predicted: Tensor = network(sample=y, timestep=t, return_dict=False, **named)[0]
-        predicted = predicted.float() if negative is None else guided(predicted, guidance)
+        if negative is None:
+            predicted = predicted.float()
+        else:
+            positive = predicted.float().chunk(2)[1]
+            predicted = rescaled(guided(predicted, guidance), positive, self.rescale)
         if self.predicts_noise:
             return (predicted - x) / (1 - s)
         return c * predicted + (2 * s - 1) * c**2 * x

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mmalign.data import Prompt, PromptError, PromptSettings, PromptSource, read_prompts
 from mmalign.records import Prompts
@@ -108,3 +109,16 @@ def test_no_iteration_sees_a_prompt_twice_even_where_epochs_meet():
 def test_extra_travels_with_its_prompt():
     prompts = source().at(3)
     assert all(extra["i"] == int(text[1:]) for text, extra in zip(prompts.text, prompts.extra, strict=True))
+
+
+def test_sources_are_found_from_the_folder_of_the_file(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    file = tmp_path / "edits.jsonl"
+    file.write_text('{"prompt": "x", "source": "a.png"}\n{"prompt": "y", "source": ["a.png", "b.png"]}')
+    one, two = read_prompts(file)
+    assert one.extra["source"] == str(tmp_path / "a.png")
+    assert two.extra["source"] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    file.write_text('{"prompt": "x", "source": ["a.png", "c.png"]}')
+    with pytest.raises(PromptError, match=r"line 1: there is no picture .*c\.png"):
+        read_prompts(file)

@@ -23,11 +23,10 @@ class Row:
 
     build: its tiny pipeline. settings: of a policy over it. size: of a picture, not square. call: what a call
     of the plain pipeline needs besides, at the settings. latents: ours as a call takes them. sources:
-    pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time. own_picture:
-    it takes a picture for each prompt, and else the same for all. negative: it
-    takes a negative prompt. takes_length: it takes a max_sequence_length. loads_lora: it can load a LoRA, and
-    not just its denoiser. close: how far the plain pipeline may be; more where the network sees so many
-    text tokens that fp32 sums of padded and unpadded rows differ (in double they are equal to 1e-15).
+    pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time. own_picture: it
+    takes a picture for each prompt, and else the same for all. negative: it takes a negative prompt.
+    true_guidance: it has another than what the network is told. takes_length: it takes a
+    max_sequence_length. loads_lora: it can load a LoRA, and not just its denoiser.
     """
 
     build: Callable[[], Any]
@@ -40,22 +39,24 @@ class Row:
     one_by_one: bool = False
     own_picture: bool = False
     negative: bool = True
+    true_guidance: bool = True
     takes_length: bool = True
     loads_lora: bool = True
-    close: float = 1e-5
 
     def load_lora(self, pipeline: Any, folder: Path) -> None:
         """As a user of plain diffusers does it."""
         if self.loads_lora:
-            pipeline.load_lora_weights(folder)
+            pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+            second = "pytorch_lora_weights_2.safetensors"
+            if (folder / second).is_file():
+                pipeline.load_lora_weights(folder, weight_name=second, load_into_transformer_2=True)
         else:
             pipeline.transformer.load_lora_adapter(folder, prefix="transformer")
 
     def unload_lora(self, pipeline: Any) -> None:
-        if self.loads_lora:
-            pipeline.unload_lora_weights()
-        else:
-            pipeline.transformer.unload_lora()
+        for name in ("transformer", "transformer_2"):
+            if (network := getattr(pipeline, name, None)) is not None:
+                network.unload_lora()
 
 
 # ---- parts
@@ -310,6 +311,175 @@ def z_image() -> Any:
     )
 
 
+# ---- Wan
+
+
+def wan(kind: str = "WanPipeline", extra: int = 0, experts: bool = False, **given: Any) -> Any:
+    """extra: channels that the network sees beside the latent. experts: two networks."""
+    import diffusers
+
+    tokens = _t5_tokenizer()
+    image_dim = given.pop("image_dim", None)
+
+    def network() -> Any:
+        return diffusers.WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4 + extra,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=1,
+            rope_max_seq_len=32,
+            image_dim=image_dim,
+            added_kv_proj_dim=24 if image_dim else None,
+        )
+
+    if experts:
+        given |= {"transformer_2": network(), "boundary_ratio": 0.9}
+    if image_dim:
+        from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+        given["image_encoder"] = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=image_dim,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=16,
+            )
+        )
+        given["image_processor"] = CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        )
+    return getattr(diffusers, kind)(
+        transformer=network(),
+        scheduler=flow(shift=3.0),
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.2, 0.8, 1.0, 1.5],
+            scale_factor_temporal=2,
+            scale_factor_spatial=4,
+        ),
+        text_encoder=t5(tokens, "UMT5EncoderModel"),
+        tokenizer=tokens,
+        **given,
+    )
+
+
+def call_scale(settings: PolicySettings) -> dict[str, Any]:
+    return {"guidance_scale": settings.guidance}
+
+
+# ---- HunyuanVideo
+
+
+def hunyuan_video() -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo,
+        HunyuanVideoPipeline,
+        HunyuanVideoTransformer3DModel,
+    )
+    from transformers import CLIPTextModel, LlamaConfig, LlamaModel
+
+    tokens, clip = words_tokenizer(), _clip_tokenizer()
+    clip.model_max_length = 77
+    clip_config = _clip_config(clip)
+    clip_config.max_position_embeddings = 77
+    return HunyuanVideoPipeline(
+        transformer=HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=10,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            pooled_projection_dim=16,
+            rope_axes_dim=(2, 4, 4),
+        ),
+        scheduler=flow(shift=7.0),
+        vae=AutoencoderKLHunyuanVideo(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+        ),
+        text_encoder=LlamaModel(LlamaConfig(vocab_size=len(tokens), **SMALL | {"num_hidden_layers": 3})),
+        tokenizer=tokens,
+        text_encoder_2=CLIPTextModel(clip_config),
+        tokenizer_2=clip,
+    )
+
+
+def call_hunyuan(settings: PolicySettings) -> dict[str, Any]:
+    return {"true_cfg_scale": settings.guidance, "guidance_scale": 6.0}
+
+
+# ---- FLUX.2
+
+
+def flux2(kind: str = "Flux2Pipeline") -> Any:
+    import diffusers
+    import transformers
+
+    tokens = words_tokenizer()
+    if kind == "Flux2Pipeline":
+        text = transformers.Mistral3ForConditionalGeneration(
+            transformers.Mistral3Config(
+                text_config={
+                    "model_type": "mistral",
+                    "vocab_size": len(tokens),
+                    "head_dim": 8,
+                    **SMALL | {"num_hidden_layers": 31},
+                },
+                vision_config={
+                    "model_type": "pixtral",
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 28,
+                    "patch_size": 14,
+                },
+            )
+        )
+    else:
+        text = transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(vocab_size=len(tokens), head_dim=8, **SMALL | {"num_hidden_layers": 28})
+        )
+    return getattr(diffusers, kind)(
+        transformer=diffusers.Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=kind == "Flux2Pipeline",
+        ),
+        scheduler=flow(use_dynamic_shifting=True),
+        vae=diffusers.AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(4, 4, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=2,
+            sample_size=32,
+        ),
+        text_encoder=text,
+        tokenizer=tokens,
+    )
+
+
 FAMILIES = {
     "FluxPipeline": Row(flux, call_flux, latents=pack),
     "FluxPipeline without guidance": Row(lambda: flux(guidance=False), call_flux, latents=pack),
@@ -322,12 +492,32 @@ FAMILIES = {
         lambda: qwen("QwenImageEditPipeline"), call_qwen, latents=pack, sources=1, own_picture=True
     ),
     "QwenImageEditPlusPipeline": Row(
-        lambda: qwen("QwenImageEditPlusPipeline"),
-        call_qwen,
-        latents=pack,
-        sources=2,
-        one_by_one=True,
-        close=3e-4,
+        lambda: qwen("QwenImageEditPlusPipeline"), call_qwen, latents=pack, sources=2, one_by_one=True
     ),
     "ZImagePipeline": Row(z_image, lambda s: {"guidance_scale": s.guidance - 1}, {"max_sequence_length": 48}),
+    "WanPipeline": Row(wan, call_scale, frames=5),
+    "WanPipeline 5B": Row(lambda: wan(expand_timesteps=True), call_scale, frames=5),
+    "WanPipeline A14B": Row(lambda: wan(experts=True), call_scale, frames=5),
+    "WanImageToVideoPipeline": Row(
+        lambda: wan("WanImageToVideoPipeline", 6, image_dim=16), call_scale, frames=5, sources=1
+    ),
+    "WanImageToVideoPipeline 5B": Row(
+        lambda: wan("WanImageToVideoPipeline", expand_timesteps=True), call_scale, frames=5, sources=1
+    ),
+    "WanImageToVideoPipeline A14B": Row(
+        lambda: wan("WanImageToVideoPipeline", 6, experts=True), call_scale, frames=5, sources=1
+    ),
+    "HunyuanVideoPipeline": Row(hunyuan_video, call_hunyuan, {"max_sequence_length": 512}, frames=5),
+    "Flux2Pipeline": Row(
+        flux2,
+        lambda s: {"guidance_scale": s.embedded_guidance},
+        {"max_sequence_length": 400},
+        size=(64, 96),  # its pipeline refuses smaller pictures
+        negative=False,
+        true_guidance=False,
+        sources=2,
+    ),
+    "Flux2KleinPipeline": Row(
+        lambda: flux2("Flux2KleinPipeline"), call_scale, {"max_sequence_length": 40}, negative=False
+    ),
 }

@@ -63,7 +63,7 @@ def make(folders, read):
 
     def build(kind="sd", noise=None, *, chunk=64, seed=0, **settings):
         policy = PolicySettings(str(folders[kind]), **({"lora": LoraSettings(rank=4, alpha=6)} | settings))
-        key = (kind, policy.precision, policy.lora.rank == 0)
+        key = (kind, policy.precision, policy.lora.rank == 0, policy.guidance_rescale)
         if key not in read:
             read[key] = KINDS[kind][3](policy)
         return FlowPolicy(
@@ -123,6 +123,14 @@ def test_images_equal_those_of_the_plain_pipeline(make, plain, kind, guidance, n
     assert ours.shape == (2, 3, 32, 32)
     assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert (ours[0] - ours[1]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_guidance_is_rescaled_as_in_the_plain_pipeline(make, plain, kind):
+    policy = make(kind, guidance=5.0, guidance_rescale=0.7)
+    ours, theirs = both(policy, plain(kind), guidance_rescale=0.7)
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours - both(policy, plain(kind))[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])

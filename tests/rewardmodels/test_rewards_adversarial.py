@@ -5,6 +5,8 @@ import zipfile
 
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing
 from PIL import Image
 from torch.testing import assert_close
 
@@ -199,6 +201,31 @@ def test_the_order_of_samples_does_not_matter(made):
     one, other = made(), made()
     assert one.fit(samples) == other.fit(shuffled)
     assert same(weights(one), weights(other))
+
+
+def learn(rank, folder, references):
+    """What one of two processes has learned from its half of the samples."""
+    place = f"file://{folder}/meet"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    samples = outcome_of(painted(16, dark=True))
+    rows = torch.arange(16)[1 - rank :: 2]
+    reward = load("adversarial", references=references, features="pixels", width=32)
+    metrics = reward.fit(Outcome(samples.prompts.take(rows), samples.media[rows]))
+    torch.save({"weights": weights(reward), "metrics": metrics}, f"{folder}/rank_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(made, references, tmp_path):
+    torch.multiprocessing.spawn(learn, (str(tmp_path), str(references)), nprocs=2)
+    one = made()
+    metrics = one.fit(outcome_of(painted(16, dark=True)))
+    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
+    assert same(first["weights"], second["weights"])
+    assert first["metrics"] == second["metrics"]
+    for mine, theirs in zip(weights(one), first["weights"], strict=True):
+        assert_close(theirs, mine, atol=1e-5, rtol=0)
+    assert first["metrics"].keys() == metrics.keys()
 
 
 def test_it_draws_nothing_from_the_global_stream(made):

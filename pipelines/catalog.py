@@ -1,0 +1,87 @@
+"""The page on model families: `python -m mmalign.pipelines.catalog > docs/models.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmalign.pipelines import ADAPTERS
+
+# Pipeline -> models that come in it, what it does, and what is particular to it here.
+MODELS = {
+    "StableDiffusion3Pipeline": ("SD3, SD3.5", "text to image", "with or without T5"),
+    "StableDiffusionPipeline": ("SD 1.x, 2.x", "text to image", "predicts noise or v; sampled by DDIM"),
+    "StableDiffusionXLPipeline": ("SDXL", "text to image", "predicts noise or v; sampled by DDIM"),
+    "FluxPipeline": ("FLUX.1-dev, schnell, Krea", "text to image", "embedded and true guidance"),
+    "FluxKontextPipeline": ("FLUX.1-Kontext", "editing", "one source picture"),
+    "ChromaPipeline": ("Chroma", "text to image", "masked text"),
+    "Flux2Pipeline": ("FLUX.2-dev", "text to image, references", "embedded guidance only"),
+    "Flux2KleinPipeline": ("FLUX.2-klein", "text to image, references", "true guidance away from no text"),
+    "QwenImagePipeline": ("Qwen-Image", "text to image", "guidance keeps each token's norm"),
+    "QwenImageEditPipeline": ("Qwen-Image-Edit", "editing", "one source picture"),
+    "QwenImageEditPlusPipeline": ("Qwen-Image-Edit-2509, 2511", "editing", "several source pictures"),
+    "ZImagePipeline": ("Z-Image, Z-Image-Turbo", "text to image", "guidance is the pipeline's scale plus 1"),
+    "WanPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "text to video", "both experts are trained"),
+    "WanImageToVideoPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "image to video", "one source picture"),
+    "HunyuanVideoPipeline": ("HunyuanVideo", "text to video", "embedded and true guidance"),
+}
+
+# Families that people ask for and that cannot be trained here yet, and why.
+ABSENT = {
+    "PixArt-Sigma": "its denoiser in diffusers takes no adapters, so no LoRA could be loaded there",
+    "HunyuanVideo 1.5": "no adapter yet; its pipeline in diffusers cannot load a LoRA, only its denoiser can",
+    "LTX-Video, LTX-2": "no adapter yet; LTX-2 draws sound with the video, in two latents",
+    "CogVideoX": "no adapter yet; it predicts v, as `pipelines/sd.py` has it",
+    "Sana, Lumina 2, CogView4, AuraFlow, HiDream": "no adapter yet",
+}
+
+HEAD = """
+# Models
+
+Made by `python -m mmalign.pipelines.catalog`; a test keeps it current.
+
+A model is a local folder in diffusers format, or a hub id, named as `policy.model`. Its
+`model_index.json` names the pipeline class, and that names the adapter; there is no flag to set. Every
+adapter below is tested on a tiny pipeline of the real classes, saved and loaded from disk: our ODE sample
+equals the pipeline's own for the same noise to 1e-5, for two prompts at once, with guidance on and off,
+away from the square, and in several frames; a step of Flow-GRPO and of DiffusionNFT changes LoRA weights
+alone; the ratio before the first update is 1; and the saved LoRA, loaded in plain diffusers, draws our
+sample.
+
+Where a model comes with a multistep solver (Wan's UniPC), it is sampled by Euler steps on that solver's
+sigmas: stochastic steps are defined on those.
+
+An editor, a model with references and image to video take the pictures that a prompt names as its
+`source`, in a `.jsonl` file: a path from the folder of the file, a list of paths, or members of a zip.
+They are fitted to `policy.height` and `policy.width`. Videos are media `[B, F, 3, H, W]`; `policy.frames`
+is their length.
+
+The two experts of Wan 2.2 A14B are one policy. Their LoRAs are two files. The second,
+`pytorch_lora_weights_2.safetensors`, is loaded by `load_lora_weights` with `load_into_transformer_2=True`.
+""".strip()
+
+
+def markdown() -> str:
+    """The page."""
+    return "\n".join(_lines()) + "\n"
+
+
+def _lines() -> Iterator[str]:
+    yield from (
+        HEAD,
+        "",
+        "| models | task | pipeline | adapter | particular | tests |",
+        "|---|---|---|---|---|---|",
+    )
+    for pipeline, (models, task, particular) in MODELS.items():
+        module, _, name = ADAPTERS[pipeline].partition(":")
+        adapter = f"`{module.replace('mmalign.', '').replace('.', '/')}.py` {name}"
+        test = {"sd": "test_sd", "sd3": "test_sd3"}.get(module.rpartition(".")[2], "test_families")
+        yield (
+            f"| {models} | {task} | `{pipeline}` | {adapter} | {particular} | `tests/pipelines/{test}.py` |"
+        )
+    yield from ("", "Not to be had:", "")
+    yield from (f"- {models}: {reason}." for models, reason in ABSENT.items())
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
