@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mmalign.contracts import Forwards, Key, PolicySettings, TextSettings
 from mmalign.copies import Copies
 from mmalign.pictures import open_picture
-from mmalign.pipelines.flow import add_lora
+from mmalign.pipelines.flow import add_lora, take
 from mmalign.randomness import generator
 from mmalign.records import (
     Evaluation,
@@ -351,14 +351,7 @@ class CaptionPolicy:
         else:
             whole = type(self._network).from_pretrained(place, dtype=torch.float32)
             saved = {name: p for name, p in whole.named_parameters() if name in live}
-        shapes, wanted = ({name: tuple(t.shape) for name, t in state.items()} for state in (saved, live))
-        if odd := sorted(set(shapes.items()) ^ set(wanted.items())):
-            raise ValueError(
-                f"{place.parent} does not fit this policy (policy.lora, policy.model) in {len(odd)} "
-                f"tensors, such as {odd[0]}"
-            )
-        for name, p in live.items():
-            p.copy_(saved[name])
+        take(live, saved, folder)
 
 
 def saved_name(name: str) -> str:

@@ -576,14 +576,20 @@ class FlowPolicy:
         if not files[0].is_file():
             raise FileNotFoundError(f"there are no weights of this policy at {files[0]}")
         saved = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        shapes, wanted = ({name: tuple(t.shape) for name, t in state.items()} for state in (saved, live))
-        if odd := sorted(set(shapes.items()) ^ set(wanted.items())):
-            raise ValueError(
-                f"{files[0].parent} does not fit this policy (policy.lora, policy.model) in {len(odd)} "
-                f"tensors, such as {odd[0]}"
-            )
-        for name, p in live.items():
-            p.copy_(saved[name])
+        take(live, saved, files[0].parent)
+
+
+@torch.no_grad()
+def take(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], place: Path) -> None:
+    """Copy what was saved at `place` into the live tensors of equal names; ValueError where they differ."""
+    shapes, wanted = ({name: tuple(t.shape) for name, t in state.items()} for state in (saved, live))
+    if odd := sorted(set(shapes.items()) ^ set(wanted.items())):
+        raise ValueError(
+            f"{place} does not fit this policy (policy.lora, policy.model) in {len(odd)} tensors, such as "
+            f"{odd[0]}"
+        )
+    for name, p in live.items():
+        p.copy_(saved[name])
 
 
 def lora_file(component: str) -> str:

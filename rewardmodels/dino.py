@@ -27,20 +27,23 @@ class DinoSimilarity:
         if self.batch < 1:
             raise ValueError(f"dino_similarity: batch must be at least 1, got {self.batch}")
         try:
-            self._features = load_features(self.model)
+            self._features, self._device = load_features(self.model), torch.device("cpu")
         except OSError as error:
             raise ValueError(f"dino_similarity: model {self.model} does not load: {error}") from error
         self._known: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, outcome: Outcome) -> RewardSignal:
-        return RewardSignal(self.name, self._score(pictures(self.name, outcome, "cpu"), outcome)[:, None])
+        return RewardSignal(self.name, self._score(pictures(self.name, outcome), outcome)[:, None])
 
     def differentiate(self, outcome: Outcome) -> Tensor:
         """The cosine [B * views]; gradients reach the media."""
         return self._score(pictures(self.name, outcome, graph=True), outcome)
 
     def _score(self, images: Tensor, outcome: Outcome) -> Tensor:
+        if images.device != self._device:  # it runs where the pictures are
+            self._features, self._device = load_features(self.model, images.device), images.device
+            self._known.clear()
         seen = torch.cat([self._features(part) for part in torch.split(images, self.batch)])
         wanted = torch.stack([self._reference(outcome, row // outcome.views) for row in range(len(images))])
         return F.cosine_similarity(seen, wanted.to(seen), dim=1)

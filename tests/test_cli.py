@@ -364,8 +364,10 @@ def test_what_cannot_be_evaluated_is_refused(subject, more, message, tmp_path, c
     assert message in said
 
 
-def test_the_baseline_of_a_run_is_told_and_drawn(run, tmp_path, capsys):
-    out = tmp_path / "best.json"
+def test_the_baseline_of_a_run_is_told_and_drawn(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "best.json"
+    # The lab tells random pictures from each other in nothing, so that its reward alone would move no weight.
+    assert main(["train", "--config", RECIPE, *small(run, "rewards.jpeg_compressibility=1.0")]) == 0
     more = ["--rewards", "jpeg_compressibility", "lab", "--n", "4", "1", "--betas", "1", "--out", str(out)]
     assert main(["best-of-n", str(run), "--count", "2", "--steps", "2", *more]) == 0
     found = json.loads(out.read_text())
@@ -376,7 +378,7 @@ def test_the_baseline_of_a_run_is_told_and_drawn(run, tmp_path, capsys):
     assert four["kl"] == pytest.approx(four["kl_bound"], rel=0.5)
     assert list(four["watched"]) == ["lab"]
     assert found["frontier"]["tilted"][0]["reward"] > one["reward"]
-    assert found["trained"]["kl"] >= 0  # positive where training moved the policy: tests/test_frontier.py
+    assert found["trained"]["kl"] > 0
     ElementTree.parse(out.with_suffix(".svg"))
     assert "KL at most" in capsys.readouterr().out
 

@@ -24,6 +24,7 @@ from mmalign.evaluation import (
     spread,
     summarize,
     verdicts,
+    wording,
 )
 from mmalign.randomness import generator
 from mmalign.records import RewardSignal
@@ -111,6 +112,15 @@ def test_a_gain_is_compared_prompt_by_prompt():
     found = gain(before, after, "r")
     assert found.mean == pytest.approx(0.125)
     assert (found.low, found.high) == (pytest.approx(0.125), pytest.approx(0.125))
+
+
+def test_texts_differ_by_the_words_that_they_do_not_share():
+    group = torch.tensor([0, 0, 0, 1, 1])
+    texts = ["a red dog", "A red cat", "a red dog", "same words", "words same"]
+    # {a, red, dog} and {a, red, cat} share 2 of 4 words; of the three pairs one is equal.
+    assert wording(texts, group) == pytest.approx(((0.5 + 0.0 + 0.5) / 3 + 0.0) / 2)
+    assert wording(["", ""], torch.zeros(2)) == 0.0
+    assert wording(["a", "b"], torch.tensor([0, 1])) is None
 
 
 def test_numbers_in_the_details_become_scores_of_their_own():
