@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 
+# What an action of a denoiser is split into: nothing, the frames of the latent of a video, or all its places.
+Split = Literal["whole", "frames", "places"]
+
+
 @dataclass(frozen=True)
 class Renoise:
     """How finished samples are noised again; each of the noised states is an action."""

@@ -31,6 +31,7 @@ REWARDS = {
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
+    "lab_video": "mmalign.rewardmodels.lab_video:LabVideo",
     "likelihood": "mmalign.rewardmodels.likelihood:Likelihood",
     "ocr": "mmalign.rewardmodels.ocr:OcrAccuracy",
     "pickscore": "mmalign.rewardmodels.clip:PickScore",
