@@ -184,9 +184,10 @@ class _Texts:
 class FlowPolicy:
     """A flow model as a policy: its actions are the stochastic denoising steps.
 
-    split: keep one log-probability for each frame of the latent of a video, or for each of its places, so that
-    `locate` can place Masks; a policy with ratios per place has another objective, with its own clip range. chunk: network rows of one forward in
-    sampling; raise it until the device is busy, lower it if memory runs out. seed: of the first LoRA weights.
+    split: keep one log-probability for each frame of the latent of a video, or for each place of a latent, so
+    that `locate` can place Masks; a policy with ratios per place has another objective, with its own clip
+    range. chunk: network rows of one forward in sampling; raise it until the device is busy, lower it if
+    memory runs out. seed: of the first LoRA weights.
 
     `replay` holds per action x, x_next and its mean [B, S, *latent], sigma and sigma_next [B, S] and, on the
     CPU, state [B, S] (see `state_ids`); per sample the schedule's guard [B]. Floats are fp32 at every
@@ -506,7 +507,7 @@ class FlowPolicy:
     # ---- places
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
-        """Footprint of units on the denoising steps, and on the frames or places that those are split into."""
+        """Footprint of units on the denoising steps, and on the frames or places they are split into."""
         actions = trajectory.log_prob
         site = actions.shape[2:]
         if isinstance(where, Whole):

@@ -25,14 +25,18 @@ class LabVideo:
     `direction` is measured.
     """
 
-    measure: Measure = "soft"  # soft: share that holds; strict: 1 or 0; direction: share of moves led as asked
+    measure: Measure = (
+        "soft"  # soft: share that holds; strict: 1 or 0; direction: share of moves led as asked
+    )
     grain: Grain = "sample"  # frame: each frame has its own verdict (of soft)
     name = "lab_video"
 
     def __post_init__(self) -> None:
         for setting, value, known in (("measure", self.measure, Measure), ("grain", self.grain, Grain)):
             if value not in get_args(known):
-                raise ValueError(f"lab_video: {setting} must be one of {', '.join(get_args(known))}, got {value!r}")
+                raise ValueError(
+                    f"lab_video: {setting} must be one of {', '.join(get_args(known))}, got {value!r}"
+                )
         if self.grain == "frame" and self.measure != "soft":
             raise ValueError(f"lab_video: grain 'frame' goes with measure 'soft', got {self.measure!r}")
 

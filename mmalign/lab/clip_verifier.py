@@ -4,11 +4,12 @@ Each frame is read as a picture of the lab is (`reading`), whatever was drawn, a
 through the clip. What a frame is told:
 
     there      each thing asked for is there, of its color and shape (or rightly not yet, or no more)
-    does       it does what it is asked: the step from the frame before leads the way that was asked for, at the
-               speed that was asked for; a thing that is to rest rests; an event happens once and for good
+    does       it does what it is asked: the step from the frame before leads the asked way at the asked speed; a
+               thing that is to rest rests; an event happens once and for good
     frame      (mean of both over the things) * purity, which falls with things that nobody asked for
 
-A clip in which nothing moves though something should is `static`: the usual way to please judges of single frames.
+A clip in which nothing moves though something should is `static`: the usual way to please judges of single
+frames.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ NEAR = 5.0  # pixels between the boxes of things that have met
 
 @dataclass(frozen=True)
 class ActorVerdict:
-    """What one actor does in each frame: there, does: [F] in [0, 1]; track: its places [F, 2], NaN where not seen."""
+    """What one actor does in each frame.
+
+    there, does: [F] in [0, 1]; track: its places [F, 2], NaN where it is not seen.
+    """
 
     there: np.ndarray
     does: np.ndarray
@@ -77,7 +81,9 @@ def read_clip(clip: Any) -> list[Scene]:
     side = frames.shape[-1]
     if side < CANVAS:
         if CANVAS % side or frames.shape[-2] != side:
-            raise ValueError(f"read_clip: frames must be square with a side that divides {CANVAS}, got {frames.shape}")
+            raise ValueError(
+                f"read_clip: frames must be square with a side that divides {CANVAS}, got {frames.shape}"
+            )
         zoom = CANVAS // side
         frames = np.stack([_enlarged(frame, zoom) for frame in frames])
     return [read_scene(frame.astype(np.float64)) for frame in frames]
@@ -100,11 +106,11 @@ def _enlarged(frame: np.ndarray, zoom: int) -> np.ndarray:
 def judge_clip(scenes: Sequence[Scene], task: ClipTask) -> ClipVerdict:
     """The verdict on a clip that was already read."""
     taken: list[set[int]] = [set() for _ in scenes]
-    found = []
-    for actor in task.actors:
-        things = [_find(scene, actor, used) for scene, used in zip(scenes, taken, strict=True)]
-        found.append([scene.things[i] if i is not None else None for scene, i in zip(scenes, things, strict=True)])
-    extras = tuple(max(0, len(scene.things) - len(used)) + bool(scene.word) for scene, used in zip(scenes, taken, strict=True))
+    found = [_follow(scenes, actor, taken) for actor in task.actors]
+    extras = tuple(
+        max(0, len(scene.things) - len(used)) + bool(scene.word)
+        for scene, used in zip(scenes, taken, strict=True)
+    )
     if task.category == "collision":
         actors = _collision(task.actors, found)
     else:
@@ -128,17 +134,29 @@ def score_clip(clip: Any, task: ClipTask) -> ClipVerdict:
     return judge_clip(read_clip(clip), task)
 
 
-def _find(scene: Scene, actor: Actor, used: set[int]) -> int | None:
-    """The thing that is meant: of its shape and color, else of one of them; a shape counts more."""
-    colors = {actor.color, actor.turned}
-    best, value = None, 0
-    for i, thing in enumerate(scene.things):
-        worth = 2 * (thing.shape == actor.shape) + (thing.color in colors)
-        if i not in used and worth > value:
-            best, value = i, worth
-    if best is not None:
+def _follow(scenes: Sequence[Scene], actor: Actor, taken: Sequence[set[int]]) -> list[Thing | None]:
+    """The thing that is meant in each frame; what is taken is not another actor's.
+
+    It is of the actor's shape and color, else of one of them (a shape counts more); of equals that which is
+    nearest to where it was.
+    """
+    last: Thing | None = None
+    found: list[Thing | None] = []
+    for scene, used in zip(scenes, taken, strict=True):
+        worth = {i: _worth(thing, actor, last) for i, thing in enumerate(scene.things) if i not in used}
+        best = max(worth, key=lambda i: worth[i], default=None)
+        if best is None or worth[best][0] == 0:
+            found.append(None)
+            continue
         used.add(best)
-    return best
+        last = scene.things[best]
+        found.append(last)
+    return found
+
+
+def _worth(thing: Thing, actor: Actor, last: Thing | None) -> tuple[int, float]:
+    alike = 2 * (thing.shape == actor.shape) + (thing.color in (actor.color, actor.turned))
+    return alike, 0.0 if last is None else -float(np.hypot(thing.x - last.x, thing.y - last.y))
 
 
 def _judge(actor: Actor, things: Sequence[Thing | None]) -> ActorVerdict:
@@ -173,7 +191,7 @@ def _track(things: Sequence[Thing | None]) -> np.ndarray:
 
 
 def _steps(track: np.ndarray) -> np.ndarray:
-    """The step that leads to each frame [F, 2], to the first that which leads from it; 0 where it is not seen."""
+    """The step that leads to each frame [F, 2], to the first that which leads from it; 0 where unseen."""
     steps = np.diff(track, axis=0)
     return np.nan_to_num(np.concatenate([steps[:1], steps]), nan=0.0)
 
@@ -207,7 +225,7 @@ def _moves(actor: Actor, track: np.ndarray) -> np.ndarray:
 
 
 def _collision(actors: Sequence[Actor], found: Sequence[Sequence[Thing | None]]) -> tuple[ActorVerdict, ...]:
-    """Two things come nearer, meet, and part again: up to their meeting each step closes the gap, then it opens."""
+    """Two things meet and part again: up to their meeting each step closes the gap, then it opens."""
     tracks = [_track(things) for things in found]
     gap = np.abs(tracks[0] - tracks[1]).max(1)  # between centers, along the axis that parts them
     does = np.zeros(len(gap))
@@ -222,7 +240,12 @@ def _collision(actors: Sequence[Actor], found: Sequence[Sequence[Thing | None]])
         does = ((change * wanted) / (STEP / 2)).clip(0, 1) * (1.0 if met and inside else 0.25)
     return tuple(
         ActorVerdict(
-            np.array([(t is not None) * ((t.shape == a.shape) + (t.color == a.color)) / 2 if t else 0.0 for t in things]),
+            np.array(
+                [
+                    (t is not None) * ((t.shape == a.shape) + (t.color == a.color)) / 2 if t else 0.0
+                    for t in things
+                ]
+            ),
             does,
             track,
         )

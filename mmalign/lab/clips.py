@@ -8,7 +8,8 @@ and shape and says what it does:
     a red circle appears        a red circle disappears        a red circle turns blue
     a red circle and a blue square collide
 
-What it leaves open (where, how fast, when) is drawn. Places are in pixels of the 64 x 64 canvas of `scenes`, speeds in those per frame, at any rendered size.
+What it leaves open (where, how fast, when) is drawn. Places are in pixels of the 64 x 64 canvas of `scenes`,
+speeds in those per frame, at any rendered size.
 """
 
 from __future__ import annotations
@@ -192,7 +193,9 @@ def _path(actor: Actor, rng: random.Random, frames: int) -> list[Thing | None]:
         return rng.uniform(low - min(travel, 0.0), high - max(travel, 0.0))
 
     x, y = start(dx * speed), start(dy * speed)
-    path: list[Thing | None] = [replace(thing, x=x + dx * speed * f, y=y + dy * speed * f) for f in range(frames)]
+    path: list[Thing | None] = [
+        replace(thing, x=x + dx * speed * f, y=y + dy * speed * f) for f in range(frames)
+    ]
     switch = rng.randint(*SWITCH) * frames // FRAMES
     if actor.does in ("appears", "disappears"):
         early = actor.does == "disappears"
@@ -247,4 +250,6 @@ def list_clip_prompts(
         found[write_clip_prompt(sample_clip_task(rng, category, split))] = None
         if len(found) == count:
             return list(found)
-    raise ValueError(f"list_clip_prompts: the {split} split has only {len(found)} prompts, {count} were asked for")
+    raise ValueError(
+        f"list_clip_prompts: the {split} split has only {len(found)} prompts, {count} were asked for"
+    )

@@ -1,4 +1,4 @@
-"""Trains a complete small Wan pipeline from nothing: a causal video autoencoder, then a flow with its text encoder."""
+"""Trains a small Wan pipeline from nothing: a causal autoencoder, then a flow with its text encoder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from mmalign.lab.clips import FRAMES, SIDE, training_clip
 from mmalign.lab.pretrain_flow import flow_optimizers, save_pipeline
 from mmalign.lab.pretrain_loop import Schedule, Stage
 from mmalign.lab.pretrain_text import t5_tokenizer, words
-from mmalign.lab.pretrain_vae import KL_WEIGHT
+from mmalign.lab.scenes import BACKGROUND
 
 SPATIAL, TEMPORAL = 4, 2  # pixels and frames for each place of the latent
+KL_WEIGHT, THINGS = 1e-5, 10.0  # in the autoencoder's loss: of the divergence, of the pixels of things
+GROUND = BACKGROUND[0] / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,12 @@ class VideoPretraining:
     clips: int = 12_000  # drawn for training
     channels: int = 8  # of the latents
     vae_width: int = 16
-    vae_steps: int = 900  # raise it if restored clips look soft
+    vae_steps: int = 1300  # raise it if restored clips look soft
+    vae_frames: int = (
+        550  # the first of them see single frames, six times as many, and learn what things look like
+    )
     vae_batch: int = 8
-    vae_lr: float = 2e-3
+    vae_lr: float = 3e-3
     layers: int = 4
     heads: int = 4  # each 32 wide
     text_width: int = 96
@@ -121,17 +126,32 @@ def train_video_vae(vae: Any, clips: Tensor, folder: Path, config: VideoPretrain
     vae.train()
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        video = as_video(clips[torch.randint(len(clips), (config.vae_batch,), generator=generator)])
+        alone = step < config.vae_frames
+        picked = torch.randint(len(clips), (config.vae_batch * (6 if alone else 1),), generator=generator)
+        video = as_video(clips[picked])
+        if alone:
+            frame = int(torch.randint(video.shape[2], (1,), generator=generator))
+            video = video[:, :, frame : frame + 1]
         latents = vae.encode(video).latent_dist
         restored = vae.decode(latents.sample(generator)).sample
-        error = (restored - video).abs().mean()
+        # Most of a clip is ground: pixels of things count more, or the things are forgotten.
+        weight = 1 + THINGS * ((video - GROUND).abs().amax(1, keepdim=True) > 0.1)
+        error = ((restored - video).abs() * weight).mean() / weight.mean()
         kl = latents.kl().sum() / latents.mean.numel()
         return error + KL_WEIGHT * kl, {"l1": error.item(), "kl": kl.item()}
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_lr, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = Schedule(config.vae_steps, warmup=min(50, config.vae_steps), decay=config.vae_steps // 2)
     Stage(
-        "vae", folder, {"vae": vae}, [optimizer], schedule, loss, config.seed, ema=0.99, save_every=config.save_every
+        "vae",
+        folder,
+        {"vae": vae},
+        [optimizer],
+        schedule,
+        loss,
+        config.seed,
+        ema=0.99,
+        save_every=config.save_every,
     ).run()
     vae.eval()
     with torch.no_grad():
@@ -152,7 +172,7 @@ def video_latents(vae: Any, clips: Tensor, batch: int = 64) -> Tensor:
 
 
 def encode_texts(encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Embeddings [B, length, width], zero behind the end of a text, as `WanPipeline.encode_prompt` gives them."""
+    """Embeddings [B, length, width], zero behind the end of a text, as `WanPipeline` encodes them."""
     embeds: Tensor = encoder(ids, mask).last_hidden_state
     return embeds * mask[..., None]
 
@@ -190,7 +210,9 @@ def train_video_flow(
 
     schedule = Schedule(config.flow_steps, warmup=min(100, config.flow_steps), decay=config.flow_decay)
     optimizers = flow_optimizers(modules, config.flow_lr)
-    Stage("flow", folder, modules, optimizers, schedule, loss, config.seed, save_every=config.save_every).run(on_save)
+    Stage("flow", folder, modules, optimizers, schedule, loss, config.seed, save_every=config.save_every).run(
+        on_save
+    )
     for module in modules.values():
         module.eval()
 
@@ -228,7 +250,9 @@ def pretrain_video(
         on_snapshot(pipeline, step)
 
     latents = video_latents(vae, clips)
-    train_video_flow(transformer, encoder, latents, ids, mask, (none[0][0], none[1][0]), out, config, snapshot)
+    train_video_flow(
+        transformer, encoder, latents, ids, mask, (none[0][0], none[1][0]), out, config, snapshot
+    )
     save_pipeline(pipeline, out / "pipeline")
 
 
