@@ -672,13 +672,17 @@ def read_picture(file: str, height: int, width: int) -> Tensor:
 def _on_frames(mask: Tensor, frames: int, temporal: int) -> Tensor:
     """Masks [B, U, F, H, W] as means over what each frame of the latent stands for, [B, U, frames, H, W].
 
-    The first stands for one frame, each further one for `temporal`, as causal autoencoders have it.
+    The first stands for one frame, each further one for `temporal`, as causal autoencoders have it. A mask of
+    one frame is of every frame.
     """
+    if mask.shape[2] == 1:
+        return mask.expand(-1, -1, frames, -1, -1)
     if mask.shape[2] != (frames - 1) * temporal + 1:
         raise ValueError(
             f"a video of {(frames - 1) * temporal + 1} frames needs masks of as many, got {tuple(mask.shape)}"
         )
-    return torch.cat([mask[:, :, :1], mask[:, :, 1:].unflatten(2, (frames - 1, temporal)).mean(3)], 2)
+    later = mask[:, :, 1:].reshape(*mask.shape[:2], frames - 1, temporal, *mask.shape[3:])
+    return torch.cat([mask[:, :, :1], later.mean(3)], 2)
 
 
 def _on_latent(mask: Tensor, site: Sequence[int]) -> Tensor:

@@ -42,7 +42,7 @@ class Framewise:
 
     @property
     def name(self) -> str:
-        return self._inner.name
+        return str(self._inner.name)
 
     def __call__(self, outcome: Outcome) -> RewardSignal:
         videos = frames(self.name, outcome)
@@ -99,7 +99,7 @@ class TemporalConsistency:
             self._features, self._device = load_features(self.model, videos.device), videos.device
         flat = videos.flatten(0, 1)
         seen = torch.cat([self._features(part) for part in torch.split(flat, self.batch)])
-        values = consistency(F.normalize(seen, dim=1).unflatten(0, videos.shape[:2]))
+        values = consistency(F.normalize(seen, dim=1).reshape(*videos.shape[:2], -1))
         if self.grain == "sample":
             return RewardSignal(self.name, values.mean(1, keepdim=True))
         rows = torch.cat([values[:, :1], values], 1)

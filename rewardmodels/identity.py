@@ -55,7 +55,7 @@ class Terms:
 
     @property
     def reward(self) -> float:
-        mixed = sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
+        mixed: float = sum(weight * getattr(self, name) for name, weight in WEIGHTS.items())
         return self.gate * self.presence * mixed
 
 

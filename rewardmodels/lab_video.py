@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -52,7 +53,7 @@ class LabVideo:
         for row, verdict in zip(values, verdicts, strict=True):
             if isinstance(verdict, ClipVerdict):
                 row[:] = torch.tensor(self.units(verdict))
-        details = [detail(verdict) for verdict in verdicts]
+        details: list[Mapping[str, object]] = [detail(verdict) for verdict in verdicts]
         if self.grain == "frame":
             return RewardSignal(self.name, values, Unit.FRAME, where=of_frames(clips), details=details)
         return RewardSignal(self.name, values, details=details)

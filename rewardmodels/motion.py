@@ -85,7 +85,7 @@ class Motion:
         if zoom < 1:
             size = (round(high * zoom), round(wide * zoom))
             gray = F.interpolate(gray, size, mode="bilinear", antialias=True)
-        clip = gray.unflatten(0, (count, length))
+        clip = gray.reshape(count, length, *gray.shape[1:])
         flow, sure = optical_flow(clip[:, :-1].flatten(0, 1), clip[:, 1:].flatten(0, 1))
         length_of = flow.norm(dim=1)
         # What stands still is not what the prompt is about: only places count that move.
@@ -95,7 +95,7 @@ class Motion:
         diagonal = (gray.shape[-1] ** 2 + gray.shape[-2] ** 2) ** 0.5
         mean = (flow * weight[:, None]).flatten(2).sum(2) / total[:, None] * seen[:, None] / diagonal
         speed = (length_of * weight).flatten(1).sum(1) / total * seen / diagonal
-        return mean.unflatten(0, (count, length - 1)), speed.unflatten(0, (count, length - 1))
+        return mean.reshape(count, length - 1, 2), speed.reshape(count, length - 1)
 
     def _values(self, mean: Tensor, speed: Tensor, outcome: Outcome) -> Tensor:
         """A number for each step, [N, F - 1]."""

@@ -99,7 +99,10 @@ class NegativeAware:
         share = (0.5 + batch.advantage / (2 * self.strength)).clamp(0, 1)  # [K, n, *site]
         loss = self.strength / self.beta * (share * good + (1 - share) * bad)
         penalty, pulls = pulled(self.anchors, held, velocity, batch.advantage)
+        # What is said of a whole latent is said of each of its frames.
+        parts = (-1, *[1] * sites)
         if isinstance(penalty, Tensor):
-            penalty = penalty.reshape(-1, *[1] * sites)
-        measures = {"error": good.detach(), "moved": change.detach().square().flatten(1).mean(1), **pulls}
+            penalty = penalty.reshape(parts)
+        said = {"moved": change.detach().square().flatten(1).mean(1), **pulls}
+        measures = {"error": good.detach()} | {n: m.reshape(parts).expand_as(good) for n, m in said.items()}
         return summed(loss, penalty, batch.weight), measures

@@ -4,8 +4,8 @@ Each frame is read as a picture of the lab is (`reading`), whatever was drawn, a
 through the clip. What a frame is told:
 
     there      each thing asked for is there, of its color and shape (or rightly not yet, or no more)
-    does       it does what it is asked: the step from the frame before leads the asked way at the asked speed; a
-               thing that is to rest rests; an event happens once and for good
+    does       it does what it is asked: the step from the frame before leads the asked way, as fast as asked;
+               a thing that is to rest rests; an event happens once and for good
     frame      (mean of both over the things) * purity, which falls with things that nobody asked for
 
 A clip in which nothing moves though something should is `static`: the usual way to please judges of single
@@ -23,7 +23,7 @@ from scipy import ndimage
 
 from mmalign.lab.clips import SWITCH, WAYS, Actor, ClipTask
 from mmalign.lab.reading import read_scene
-from mmalign.lab.scenes import CANVAS, Scene, Thing
+from mmalign.lab.scenes import CANVAS, EXTENT, Scene, Thing
 
 STEP = 1.2  # pixels of the canvas a frame from which a move counts as one in full; prompts mean 1.7 or more
 STRAIGHT = 0.97  # cosine to the asked way from which a step leads it in full
@@ -193,7 +193,8 @@ def _track(things: Sequence[Thing | None]) -> np.ndarray:
 def _steps(track: np.ndarray) -> np.ndarray:
     """The step that leads to each frame [F, 2], to the first that which leads from it; 0 where unseen."""
     steps = np.diff(track, axis=0)
-    return np.nan_to_num(np.concatenate([steps[:1], steps]), nan=0.0)
+    found: np.ndarray = np.nan_to_num(np.concatenate([steps[:1], steps]), nan=0.0)
+    return found
 
 
 def _travel(track: np.ndarray) -> float:
@@ -231,7 +232,8 @@ def _collision(actors: Sequence[Actor], found: Sequence[Sequence[Thing | None]])
     does = np.zeros(len(gap))
     if not np.isnan(gap).all():
         meet = int(np.nanargmin(gap))
-        reach = sum(next(t.extent for t in things if t) for things in found)
+        radii = [next(t.radius for t in things if t) for things in found]
+        reach = sum(EXTENT[a.shape] * radius for a, radius in zip(actors, radii, strict=True))
         met = float(np.nanmin(gap)) <= reach + NEAR
         change = np.nan_to_num(np.diff(gap), nan=0.0)
         change = np.concatenate([change[:1], change])

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmalign.lab.clips import FRAMES, SIDE, training_clip
+from mmalign.lab.clip_verifier import score_clip
+from mmalign.lab.clips import FRAMES, SIDE, parse_clip, training_clip
 from mmalign.lab.pretrain_flow import flow_optimizers, save_pipeline
 from mmalign.lab.pretrain_loop import Schedule, Stage
 from mmalign.lab.pretrain_text import t5_tokenizer, words
@@ -31,7 +32,7 @@ class VideoPretraining:
     clips: int = 12_000  # drawn for training
     channels: int = 8  # of the latents
     vae_width: int = 16
-    vae_steps: int = 1300  # raise it if restored clips look soft
+    vae_steps: int = 2400  # raise it if restored clips look soft
     vae_frames: int = (
         550  # the first of them see single frames, six times as many, and learn what things look like
     )
@@ -155,7 +156,7 @@ def train_video_vae(vae: Any, clips: Tensor, folder: Path, config: VideoPretrain
     ).run()
     vae.eval()
     with torch.no_grad():
-        found = [vae.encode(as_video(part)).latent_dist for part in clips[:512].split(64)]
+        found = [vae.encode(as_video(part)).latent_dist for part in torch.split(clips[:512], 64)]
     sampled = torch.cat([part.mean for part in found]), torch.cat([part.var for part in found])
     mean = sampled[0].mean((0, 2, 3, 4))
     std = (sampled[0].var((0, 2, 3, 4)) + sampled[1].mean((0, 2, 3, 4))).sqrt()
@@ -167,7 +168,7 @@ def video_latents(vae: Any, clips: Tensor, batch: int = 64) -> Tensor:
     """Standardized mean latents [N, C, f, h, w] of clips uint8 [N, F, H, W, 3]."""
     shape = (1, -1, 1, 1, 1)
     mean, std = (torch.tensor(m).reshape(shape) for m in (vae.config.latents_mean, vae.config.latents_std))
-    found = [vae.encode(as_video(part)).latent_dist.mean for part in clips.split(batch)]
+    found = [vae.encode(as_video(part)).latent_dist.mean for part in torch.split(clips, batch)]
     return (torch.cat(found) - mean) / std
 
 
@@ -269,7 +270,7 @@ def remember(config: VideoPretraining, out: Path) -> None:
     file, now = out / "pretraining.json", asdict(config)
     if file.exists():
         before = json.loads(file.read_text())
-        free = ("flow_steps", "flow_decay", "save_every", "shift")
+        free = ("vae_steps", "flow_steps", "flow_decay", "save_every", "shift")
         if changed := [key for key in now if now[key] != before.get(key) and key not in free]:
             raise ValueError(f"{out}: was begun with other settings of {changed}: use another --out")
     file.write_text(json.dumps(now, indent=2) + "\n")
@@ -295,3 +296,15 @@ def sample_clips(pipeline: Any, prompts: Sequence[str], steps: int, guidance: fl
         for start in range(0, len(prompts), 32)
     ]
     return torch.cat(found)
+
+
+def scores(clips: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+    """What the verifier says of clips [N, F, 3, H, W]: mean strict, soft, direction, and the static share."""
+    verdicts = [score_clip(clip, parse_clip(prompt)) for clip, prompt in zip(clips, prompts, strict=True)]
+    led = [verdict.direction for verdict in verdicts if verdict.direction is not None]
+    return {
+        "strict": float(np.mean([verdict.strict for verdict in verdicts])),
+        "soft": float(np.mean([verdict.soft for verdict in verdicts])),
+        "direction": float(np.mean(led)) if led else float("nan"),
+        "static": float(np.mean([verdict.static for verdict in verdicts])),
+    }

@@ -160,6 +160,13 @@ def test_things_that_only_meet_do_not_collide():
         assert soft(apart, task).soft <= 0.5
 
 
+def test_what_resembles_nothing_can_meet_as_well():
+    task, clip = drawn(1, "collision")[0]
+    blobs = [Scene(tuple(replace(thing, shape="blob") for thing in scene.things)) for scene in clip.frames]
+    verdict = judge_clip(blobs, task)
+    assert verdict.soft == pytest.approx(0.75)  # of the right color, and they do what is asked
+
+
 def test_another_thing_in_its_place_is_half_right():
     for task, clip in drawn(6, "motion"):
         other = changed(
