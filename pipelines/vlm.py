@@ -52,27 +52,11 @@ class VisionLanguage:
             ),
             None,
         )
-        ends: Any = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = sorted(
-            {int(number) for number in [*ends, self.tokenizer.eos_token_id] if number is not None}
-        )
-        if not self.ends:
-            raise ValueError("neither its generation_config nor its tokenizer names a token that ends a text")
-        known = set(self.tokenizer.all_special_ids)
-        known |= {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        if self.image_token is not None:
-            known.add(self.image_token)
-        self.banned = sorted(known - set(self.ends))
-        takes = inspect.signature(inspect.unwrap(type(self.model).forward)).parameters
-        self._past = "cache" if "cache" in takes else "past_key_values"  # older versions of transformers
-        self.lora_targets = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-            and name.rpartition(".")[2] in LINEAR
-            and not any(part in name for part in SEES)
-        ]
+        named: Any = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        self.ends = ends([*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id])
+        self.banned = banned(self.tokenizer, self.ends, self.image_token)
+        self._past = past_name(self.model)
+        self.lora_targets = linears(self.model, LINEAR)
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
         """Tensors of the processor for one user turn of a picture and a prompt, with a first axis of 1."""
@@ -118,11 +102,11 @@ class VisionLanguage:
             for name in inputs[0]
         }
         mask = batch["attention_mask"].bool()
-        place = {} if self._counts_itself else {"position_ids": _places(mask)}
+        place = {} if self._counts_itself else {"position_ids": places(mask)}
         read: Any = network(**batch, **place, use_cache=True, logits_to_keep=1)
         following = mask.sum(1)
         if self._counts_itself:
-            delta: Tensor = _bare(network).model.rope_deltas
+            delta: Tensor = bare(network).model.rope_deltas
             following = following + delta.flatten().to(following)
         return Prefix(read.logits[:, -1], read.past_key_values, mask, following)
 
@@ -141,15 +125,48 @@ class VisionLanguage:
             mask, position = mask[rows], position[rows]
         count, length = tokens.shape
         ones = torch.ones(count, past + length, dtype=mask.dtype, device=mask.device)
-        places = position[:, None] + torch.arange(past, past + length, device=position.device)
+        where = position[:, None] + torch.arange(past, past + length, device=position.device)
         read: Any = network(
             input_ids=tokens,
             attention_mask=torch.cat([mask, ones], 1).long(),
-            position_ids=places.expand(3, -1, -1) if self._counts_itself else places,
+            position_ids=where.expand(3, -1, -1) if self._counts_itself else where,
             use_cache=True,
             **{self._past: cache},
         )
         return read.logits, Prefix(prefix.logits, read.past_key_values, mask, position)
+
+
+def ends(named: Sequence[int | None]) -> list[int]:
+    """The tokens that end a text; ValueError where a model names none."""
+    found = sorted({int(number) for number in named if number is not None})
+    if not found:
+        raise ValueError("neither its generation_config nor its tokenizer names a token that ends a text")
+    return found
+
+
+def banned(tokenizer: Any, ends: Sequence[int], *more: int | None) -> list[int]:
+    """The special tokens that no text may hold: all but those that end it."""
+    known = set(tokenizer.all_special_ids) | {number for number in more if number is not None}
+    known |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(known - set(ends))
+
+
+def linears(model: nn.Module, endings: Sequence[str], inside: str = "") -> list[str]:
+    """Names of the layers that get adapters: those with these endings, none of them in what sees."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] in endings
+        and inside in name
+        and not any(part in name for part in SEES)
+    ]
+
+
+def past_name(model: nn.Module) -> str:
+    """What a model calls its keys and values; older versions of transformers say past_key_values."""
+    takes = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    return "cache" if "cache" in takes else "past_key_values"
 
 
 def chosen(cache: Any, rows: Tensor) -> Any:
@@ -160,12 +177,12 @@ def chosen(cache: Any, rows: Tensor) -> Any:
     return taken
 
 
-def _places(mask: Tensor) -> Tensor:
+def places(mask: Tensor) -> Tensor:
     """Places of tokens that are padded on the left, [p, L]."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def _bare(network: Any) -> Any:
+def bare(network: Any) -> Any:
     """The model inside of what the trainer wrapped around it."""
     while hasattr(network, "module"):
         network = network.module

@@ -318,18 +318,102 @@ FAMILIES = {
 }
 
 
+# Families without a token for a picture.
+
+
+def blip(kind: str) -> tuple[Any, Any, Any]:
+    """A decoder that looks at the picture by cross-attention."""
+    words = tokenizer(("<bos>",), bos_token="<bos>")
+    text = T.BlipTextConfig(
+        **{**language(words), "num_key_value_heads": None},
+        encoder_hidden_size=32,
+        sep_token_id=words.eos_token_id,
+        max_position_embeddings=64,
+    )
+    vision = T.BlipVisionConfig(**eyes(initializer_range=0.2))
+    config = T.BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
+    processor = T.BlipProcessor(T.BlipImageProcessor(size={"height": 16, "width": 16}), words)
+    return T.BlipForConditionalGeneration, config, processor
+
+
+def git(kind: str) -> tuple[Any, Any, Any]:
+    """Features of the picture before the words of the decoder."""
+    words = tokenizer(("<bos>",), bos_token="<bos>", cls_token="<bos>")
+    sizes = {key: value for key, value in language(words).items() if key != "num_key_value_heads"}
+    config = T.GitConfig(vision_config=eyes(), max_position_embeddings=64, **sizes)
+    side = {"height": 16, "width": 16}
+    images = T.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side)
+    return T.GitForCausalLM, config, T.GitProcessor(images, words)
+
+
+def florence(kind: str) -> tuple[Any, Any, Any]:
+    """An encoder that reads picture and prompt, and a decoder that looks at what it read."""
+    words = tokenizer(
+        ("<image>", "<bos>"), bos_token="<bos>", extra_special_tokens={"image_token": "<image>"}
+    )
+    text = {
+        "model_type": "bart",
+        "vocab_size": len(words),
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "init_std": 0.3,
+        "max_position_embeddings": 64,
+        "pad_token_id": words.pad_token_id,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "decoder_start_token_id": words.eos_token_id,
+        "forced_eos_token_id": None,
+    }
+    vision = T.Florence2VisionConfig(
+        depths=(1, 1),
+        patch_size=(7, 3),
+        patch_stride=(4, 2),
+        patch_padding=(3, 1),
+        patch_prenorm=(False, True),
+        embed_dim=(16, 32),
+        num_heads=(2, 2),
+        num_groups=(2, 2),
+        window_size=2,
+        drop_path_rate=0.0,
+        projection_dim=32,
+        initializer_range=0.2,
+    )
+    config = T.Florence2Config(
+        text_config=text,
+        vision_config=vision.to_dict(),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )
+    side = {"height": 32, "width": 32}
+    images = T.CLIPImageProcessor(size=side, crop_size=side, do_center_crop=False)
+    images.image_seq_length = 17  # 4 x 4 places and their mean
+    return T.Florence2ForConditionalGeneration, config, T.Florence2Processor(images, words)
+
+
+CROSS = {"BLIP": blip, "GIT": git, "Florence2": florence}
+
+
 def tiny_captioner(name: str, folder: Path) -> Path:
     """A captioner of that family with random weights."""
-    kind, config, processor = FAMILIES[name](name)
+    kind, config, processor = (FAMILIES | CROSS)[name](name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config)
         for part, p in model.named_parameters():
             if "mm_input_projection" in part:  # of Gemma 3, which begins with zeros
                 p.data.normal_(0, 0.2)
+            if name == "BLIP" and p.ndim == 2 and ("transform" in part or "crossattention" in part):
+                p.data.normal_(0, 0.5)  # else it says one word again and again, whatever it sees
     words = processor.tokenizer
     model.generation_config.eos_token_id = words.eos_token_id
     model.generation_config.pad_token_id = words.pad_token_id
+    if config.is_encoder_decoder:
+        model.generation_config.decoder_start_token_id = config.text_config.decoder_start_token_id
+        model.generation_config.forced_bos_token_id = words.bos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
