@@ -32,7 +32,7 @@ from mmalign.pipelines import CaptionPolicy, pipeline_class
 from mmalign.pipelines import load as load_policy
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.plans import forwards
-from mmalign.records import Outcome, Plan
+from mmalign.records import Outcome, Plan, Split
 from mmalign.rewardmodels import load as load_reward
 from mmalign.scoring import Scorer, judge
 from mmalign.sde import Noise
@@ -186,7 +186,9 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
     check_noise(algorithm, config.training.seed)
     for written in algorithm.loaded.values():
         checkpoints.weights_of(written)
-    policy = make_policy(config.policy, algorithm.noise, distributed.device, config.training.seed)
+    policy = make_policy(
+        config.policy, algorithm.noise, distributed.device, config.training.seed, algorithm.split
+    )
     check_kind(config, policy, algorithm)
     tracker: Tracker = NoTracker()
     if write and distributed.is_main:
@@ -221,9 +223,13 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
 
 
 def make_policy(
-    settings: PolicySettings, noise: Noise, device: torch.device | str = "cpu", seed: int = 0
+    settings: PolicySettings,
+    noise: Noise,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    split: Split = "whole",
 ) -> FlowPolicy | CaptionPolicy:
-    return load_policy(settings, noise, device, seed=seed)
+    return load_policy(settings, noise, device, seed=seed, split=split)
 
 
 def make_rewards(config: RunConfig) -> tuple[list[Reward], dict[str, Schedule]]:

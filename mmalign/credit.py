@@ -367,6 +367,14 @@ class Credit:
         return (units.reshape(*units.shape, *[1] * (footprint.ndim - 2)) * footprint).sum(1)
 
 
+def by_frames(weights: Mapping[str, float], normalize: Normalize, clip: float) -> Credit:
+    """Each frame of a video is compared with the same frame of its peers, and its credit stays on it.
+
+    Rewards of whole videos count for every frame.
+    """
+    return Credit(weights, normalize, "normalized", "local", clip=clip)
+
+
 def _standardized(values: Tensor, counted: Tensor, peers: Peers, epsilon: float = 1e-4) -> Tensor:
     """Advantages [B, S, *site] so that over counted samples of all ranks their mean is 0, deviation 1."""
     rows = torch.stack([values.flatten(1).mean(1), values.square().flatten(1).mean(1)], 1)

@@ -16,6 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+# What an action of a denoiser is split into: nothing, the frames of the latent of a video, or all its places.
+Split = Literal["whole", "frames", "places"]
+
 
 @dataclass(frozen=True)
 class Renoise:

@@ -25,7 +25,7 @@ from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.objectives import REFERENCE, Objective
 from mmalign.overlap import sample_and_judge
 from mmalign.plans import PlanAt
-from mmalign.records import Advantage, Outcome, Plan, Prompts, RewardSignal, Trajectory
+from mmalign.records import Advantage, Outcome, Plan, Prompts, RewardSignal, Split, Trajectory
 from mmalign.scoring import Scorer, Scores, summarize
 from mmalign.sde import Noise
 from mmalign.tracking import NoTracker, Tracker
@@ -120,6 +120,7 @@ class Algorithm:
     loaded: Mapping[str, Path] = field(default_factory=dict)
     # The copy that samples, or which one does in an iteration; None: the live parameters.
     sampler: str | Callable[[int], str | None] | None = None
+    split: Split = "whole"  # what an action of a denoiser is split into
     apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
     memory: Memory | None = None  # what plans, credit or copies depend on beside iteration and seed
     through: Differentiated | None = None  # rewards that the objective differentiates; it meets them first

@@ -12,6 +12,7 @@ import torch
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines.captioner import CaptionAdapter, CaptionPolicy
 from mmalign.pipelines.flow import DTYPES, FlowAdapter, FlowPolicy
+from mmalign.records import Split
 from mmalign.sde import Noise
 
 # `_class_name` of model_index.json -> adapter
@@ -46,13 +47,13 @@ def load(
     noise: Noise,
     device: torch.device | str = "cpu",
     *,
-    by_site: bool = False,
+    split: Split = "whole",
     chunk: int = 64,
     seed: int = 0,
 ) -> FlowPolicy | CaptionPolicy:
     """The policy over `settings.model`, a local folder or a hub id; errors name the setting and its mend.
 
-    noise, by_site: of a flow model. chunk, seed: see `FlowPolicy` and `CaptionPolicy`.
+    noise, split: of a flow model. chunk, seed: see `FlowPolicy` and `CaptionPolicy`.
     """
     if settings.precision not in DTYPES:
         raise ValueError(f"policy.precision must be one of {', '.join(DTYPES)}, got {settings.precision!r}")
@@ -67,7 +68,7 @@ def load(
         adapter: FlowAdapter = family(settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {settings.model} does not load as a pipeline: {error}") from error
-    return FlowPolicy(adapter, settings, noise, device, by_site=by_site, chunk=chunk, seed=seed)
+    return FlowPolicy(adapter, settings, noise, device, split=split, chunk=chunk, seed=seed)
 
 
 def caption_adapter(settings: PolicySettings) -> CaptionAdapter:
