@@ -17,15 +17,21 @@ from mmalign.sde import Noise
 
 # `_class_name` of model_index.json -> adapter
 ADAPTERS = {
+    "AuraFlowPipeline": "mmalign.pipelines.aura_flow:AuraFlow",
     "ChromaPipeline": "mmalign.pipelines.flux:Chroma",
+    "CogView4Pipeline": "mmalign.pipelines.cogview4:CogView4",
     "FluxKontextPipeline": "mmalign.pipelines.flux:FluxKontext",
     "FluxPipeline": "mmalign.pipelines.flux:Flux",
+    "HunyuanVideo15Pipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo15",
     "HunyuanVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo",
     "Flux2KleinPipeline": "mmalign.pipelines.flux2:Flux2Klein",
     "Flux2Pipeline": "mmalign.pipelines.flux2:Flux2",
+    "LTXPipeline": "mmalign.pipelines.ltx:LTX",
+    "Lumina2Pipeline": "mmalign.pipelines.lumina2:Lumina2",
     "QwenImageEditPipeline": "mmalign.pipelines.qwen_image:QwenImageEdit",
     "QwenImageEditPlusPipeline": "mmalign.pipelines.qwen_image:QwenImageEditPlus",
     "QwenImagePipeline": "mmalign.pipelines.qwen_image:QwenImage",
+    "SanaPipeline": "mmalign.pipelines.sana:Sana",
     "WanImageToVideoPipeline": "mmalign.pipelines.wan:WanImageToVideo",
     "WanPipeline": "mmalign.pipelines.wan:Wan",
     "ZImagePipeline": "mmalign.pipelines.z_image:ZImage",
