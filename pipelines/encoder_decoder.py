@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines.captioner import Inputs, Prefix
 from mmalign.pipelines.flow import DTYPES
+from mmalign.pipelines.videos import Video
 from mmalign.pipelines.vlm import VisionLanguage, banned, bare, chosen, ends, linears, past_name, places
 
 BERT = ("query", "key", "value", "dense")  # layers of BERT's kind of decoder
@@ -37,8 +38,14 @@ class PicturePrefix(VisionLanguage):
         self.picture_tokens: int = attention.image_patch_tokens
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
-        pixels: Tensor = self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
         config: Any = self.model.config
+        count = config.num_image_with_embedding
+        if isinstance(picture, Video) != (count is not None):
+            wanted = "pictures, not videos" if count is None else f"a video of policy.frames={count}"
+            raise ValueError(f"policy.model: it reads {wanted}")
+        shown = picture.frames if isinstance(picture, Video) else picture
+        pixels: Tensor = self.processor.image_processor(shown, return_tensors="pt")["pixel_values"]
+        pixels = pixels[None] if isinstance(picture, Video) else pixels  # [1, F, C, H, W]
         begin = self.tokenizer.cls_token_id
         words = _asked(self.tokenizer, prompt, config.bos_token_id if begin is None else begin)
         return {"input_ids": words, "attention_mask": torch.ones_like(words), "pixel_values": pixels}
@@ -49,8 +56,8 @@ class PicturePrefix(VisionLanguage):
         if found != self.picture_tokens:
             raise ValueError(
                 f"policy.model: a picture came to {found} places before the text, and this model was made "
-                f"for {self.picture_tokens}; its image processor must give the size of vision_config, and "
-                "models of several frames take a video"
+                f"for {self.picture_tokens}; its image processor must give the size of vision_config, and a "
+                "video must have as many frames as num_image_with_embedding (policy.frames)"
             )
         return read
 
@@ -87,6 +94,7 @@ class PictureEncoder:
         self._past = past_name(self.model.text_decoder)  # type: ignore[arg-type]
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
+        _no_video(picture)
         pixels: Tensor = self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
         words = _asked(self.tokenizer, prompt, self.begin)
         return {"input_ids": words, "attention_mask": torch.ones_like(words), "pixel_values": pixels}
@@ -153,6 +161,7 @@ class EncoderDecoder:
         self._past = past_name(self.model)
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
+        _no_video(picture)
         read = self.processor(text=prompt, images=picture, return_tensors="pt")
         if self.image_token not in read["input_ids"].flatten().tolist():
             raise ValueError("policy.model: its processor gives the picture no place in the prompt")
@@ -202,6 +211,14 @@ def _loaded(settings: PolicySettings) -> tuple[Any, Any]:
 
     model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype=DTYPES[settings.precision])
     return AutoProcessor.from_pretrained(settings.model), model
+
+
+def _no_video(picture: Any) -> None:
+    if isinstance(picture, Video):
+        raise ValueError(
+            "policy.model: it reads pictures, not videos; Qwen2-VL and later, SmolVLM, LLaVA-OneVision, "
+            "InternVL and GIT of several frames read videos"
+        )
 
 
 def _asked(tokenizer: Any, prompt: str, begin: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines.captioner import Inputs, Prefix
 from mmalign.pipelines.flow import DTYPES
+from mmalign.pipelines.videos import Video
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SEES = (
@@ -29,6 +30,13 @@ SEES = (
     "multi_modal_projector",
     "connector",
 )  # parts of names of what stays frozen
+PLACEHOLDERS = (
+    "image_token_id",
+    "image_token_index",
+    "media_placeholder_token_id",
+    "video_token_id",
+    "video_token_index",
+)
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # a number for each token
 
 
@@ -44,41 +52,26 @@ class VisionLanguage:
         )
         self.tokenizer: Any = self.processor.tokenizer
         config: Any = self.model.config
-        self.image_token = next(
-            (
-                int(number)
-                for name in ("image_token_id", "image_token_index", "media_placeholder_token_id")
-                if (number := getattr(config, name, None)) is not None
-            ),
-            None,
-        )
+        found = (getattr(config, name, None) for name in PLACEHOLDERS)
+        self.placeholders = {int(number) for number in found if number is not None}
         named: Any = self.model.generation_config.eos_token_id  # type: ignore[union-attr]
         self.ends = ends([*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id])
-        self.banned = banned(self.tokenizer, self.ends, self.image_token)
+        self.banned = banned(self.tokenizer, self.ends, *self.placeholders)
         self._past = past_name(self.model)
         self.lora_targets = linears(self.model, LINEAR)
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
-        """Tensors of the processor for one user turn of a picture and a prompt, with a first axis of 1."""
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+        """Tensors of the processor for a user turn of a picture or video and a prompt; a first axis of 1."""
+        film = isinstance(picture, Video)
         try:
-            if self.processor.chat_template is None:  # a model that was not tuned to talk (PaliGemma)
-                read = self.processor(text=prompt, images=picture, return_tensors="pt")
-            else:
-                read = self.processor.apply_chat_template(
-                    [{"role": "user", "content": content}],
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                )
+            read = self._film(prompt, picture) if film else self._still(prompt, picture)
         except ValueError as error:
+            what = "video" if film else "picture"
             raise ValueError(
-                f"policy.model: its processor cannot read a picture and a prompt: {error}"
+                f"policy.model: its processor cannot read a {what} and a prompt: {error}"
             ) from error
         inputs = {name: part for name, part in read.items() if isinstance(part, Tensor) and name != "labels"}
-        read_ids = inputs["input_ids"].flatten().tolist()
-        if self.image_token not in read_ids or not any(
+        if self.placeholders.isdisjoint(inputs["input_ids"].flatten().tolist()) or not any(
             tensor.is_floating_point() for tensor in inputs.values()
         ):
             raise ValueError(
@@ -86,6 +79,46 @@ class VisionLanguage:
                 "chat_template of its processor"
             )
         return inputs
+
+    def _still(self, prompt: str, picture: Any) -> Any:
+        if self.processor.chat_template is None:  # a model that was not tuned to talk (PaliGemma)
+            return self.processor(text=prompt, images=picture, return_tensors="pt")
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": prompt}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def _film(self, prompt: str, video: Video) -> Any:
+        """The frames as they were chosen; the processor chooses none of them."""
+        if getattr(self.processor, "video_processor", None) is None or self.processor.chat_template is None:
+            raise ValueError(
+                f"{type(self.processor).__name__} takes no videos; Qwen2-VL and later, SmolVLM, "
+                "LLaVA-OneVision and InternVL do"
+            )
+        content = [{"type": "video"}, {"type": "text", "text": prompt}]
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        begun = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        return self.processor(
+            text=[text],
+            videos=[video.frames],
+            video_metadata=[
+                {
+                    "total_num_frames": video.total,
+                    "fps": video.fps,
+                    "frames_indices": list(video.numbers),
+                    "duration": video.total / video.fps,
+                }
+            ],
+            do_sample_frames=False,
+            return_tensors="pt",
+            **({"add_special_tokens": False} if begun else {}),
+        )
 
     def prefix(self, network: nn.Module, inputs: Sequence[Inputs]) -> Prefix:
         longest = max(one["input_ids"].shape[1] for one in inputs)
@@ -97,9 +130,10 @@ class VisionLanguage:
                     if name in TOKENS
                     else one[name]
                     for one in inputs
+                    if name in one  # pictures and videos may stand side by side
                 ]
             )
-            for name in inputs[0]
+            for name in dict.fromkeys(name for one in inputs for name in one)
         }
         mask = batch["attention_mask"].bool()
         place = {} if self._counts_itself else {"position_ids": places(mask)}
@@ -144,9 +178,9 @@ def ends(named: Sequence[int | None]) -> list[int]:
     return found
 
 
-def banned(tokenizer: Any, ends: Sequence[int], *more: int | None) -> list[int]:
+def banned(tokenizer: Any, ends: Sequence[int], *more: int) -> list[int]:
     """The special tokens that no text may hold: all but those that end it."""
-    known = set(tokenizer.all_special_ids) | {number for number in more if number is not None}
+    known = {*tokenizer.all_special_ids, *more}
     known |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(known - set(ends))
 

@@ -39,7 +39,8 @@ WORDS = (
 )
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %} <image> {% else %} {{ part['text'] }} {% endif %}"
+    "{% if part['type'] == 'image' %} <image> {% elif part['type'] == 'video' %} <video> "
+    "{% else %} {{ part['text'] }} {% endif %}"
     "{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %} assistant {% endif %}"
 )
@@ -112,9 +113,9 @@ def tiny_llava(folder: Path) -> Path:
 # Other families, each with the processor of its own; they differ in what stands for a picture.
 
 
-def spoken(picture: str) -> str:
-    """A chat template in which these tokens stand for a picture."""
-    return TEMPLATE.replace("<image>", picture)
+def spoken(picture: str, video: str = "<video>") -> str:
+    """A chat template in which these tokens stand for a picture and for a video."""
+    return TEMPLATE.replace("<image>", picture).replace("<video>", video)
 
 
 def language(words: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
@@ -177,8 +178,12 @@ def qwen(kind: str) -> tuple[Any, Any, Any]:
     processor = getattr(T, f"{kind}Processor")(
         image_processor=T.Qwen2VLImageProcessor(min_pixels=16 * 16, max_pixels=48 * 48, **sizes),
         tokenizer=words,
-        video_processor=videos(**sizes),
-        chat_template=spoken("<|vision_start|> <|image_pad|> <|vision_end|>"),
+        video_processor=videos(
+            size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48}, cap_pixels_per_frame=False, **sizes
+        ),
+        chat_template=spoken(
+            *(f"<|vision_start|> <|{what}_pad|> <|vision_end|>" for what in ("image", "video"))
+        ),
     )
     return getattr(T, f"{kind}ForConditionalGeneration"), config, processor
 
@@ -340,7 +345,10 @@ def git(kind: str) -> tuple[Any, Any, Any]:
     """Features of the picture before the words of the decoder."""
     words = tokenizer(("<bos>",), bos_token="<bos>", cls_token="<bos>")
     sizes = {key: value for key, value in language(words).items() if key != "num_key_value_heads"}
-    config = T.GitConfig(vision_config=eyes(), max_position_embeddings=64, **sizes)
+    frames = 4 if kind == "GITVideo" else None
+    config = T.GitConfig(
+        vision_config=eyes(), max_position_embeddings=64, num_image_with_embedding=frames, **sizes
+    )
     side = {"height": 16, "width": 16}
     images = T.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side)
     return T.GitForCausalLM, config, T.GitProcessor(images, words)
@@ -399,7 +407,7 @@ CROSS = {"BLIP": blip, "GIT": git, "Florence2": florence}
 
 def tiny_captioner(name: str, folder: Path) -> Path:
     """A captioner of that family with random weights."""
-    kind, config, processor = (FAMILIES | CROSS)[name](name)
+    kind, config, processor = (FAMILIES | CROSS | {"GITVideo": git})[name](name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config)
@@ -435,3 +443,12 @@ def pictures(folder: Path, number: int = 4) -> list[str]:
                 archive.writestr(f"inside/{i}.png", buffer.getvalue())
             files.append(str(folder / "images.zip" / "inside" / f"{i}.png"))
     return files
+
+
+def clip(folder: Path, count: int = 10, tone: int = 0) -> list[str]:
+    """Frames of one video, whose names need their numbers to be read as such; tone: of its blue."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"frame_{i}.png" for i in range(count)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (32, 32), (25 * i, 255 - 25 * i, tone)).save(file)
+    return [str(file) for file in files]
