@@ -120,6 +120,15 @@ class Writes(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsReferences(Protocol):
+    """A policy that can say how likely the references of prompts are."""
+
+    def reference_log_prob(self, prompts: Prompts) -> Tensor:
+        """Of a token of each prompt's reference in the mean, [B] in nats on the CPU; no gradient."""
+        ...
+
+
 class RewardModel(Protocol):
     """Scores outcomes, at whatever grain it can."""
 
@@ -212,6 +221,9 @@ class PolicySettings:
 
     # Local folder or hub id: a pipeline in diffusers format, or a captioner in transformers format.
     model: str
+    # Folder of a run or of one of its checkpoints whose weights training begins with, such as a warm start by
+    # sft; of the same model and the same lora. null: those of the model.
+    weights: str | None = None
     height: int | None = None  # pixels; null: the model's own size
     width: int | None = None  # pixels; null: the model's own size
     # Of a video that is drawn: its length, null: the model's own. Of one that a captioner reads: how many of

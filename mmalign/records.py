@@ -64,7 +64,7 @@ class Plan:
 
     Methods that take no action while sampling:
     renoise: the finished samples are noised again, and each of the noised states is an action. given: nothing
-    is drawn either, the samples are the media that the prompts name.
+    is drawn either, the samples are the media that the prompts name; of texts, every token is an action.
     halt: the state so many steps before the end of the ODE is kept, and the update goes on from there, with
     gradients (`contracts.DrawsOn`). noises: fresh noises that are drawn for each sample with it; each counts
     as an action.
@@ -115,7 +115,7 @@ class Plan:
                 f"renoise and given go with no noise in sampling and no strides, got "
                 f"sde_steps={self.sde_steps}, noisy={self.noisy}, strides={self.strides}"
             )
-        if self.given and self.renoise is None:
+        if self.given and self.renoise is None and self.steps > 1:
             raise ValueError("given samples have no actions unless they are noised again: set renoise")
         if not 0 <= self.halt <= self.steps or self.noises < 1:
             raise ValueError(

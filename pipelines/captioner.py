@@ -63,14 +63,19 @@ class CaptionAdapter(Protocol):
     """All that is particular to how a family of models is fed.
 
     model: the network. tokenizer: of its texts. lora_targets: names of the layers that get adapters, none of
-    them in the vision tower. banned: tokens that no text may hold. ends: tokens that end a text.
+    them in the vision tower. banned: tokens that no text may hold. ends: tokens that end a text; end: the one
+    that references end with. processor: of its pictures and texts.
     """
 
     model: nn.Module
     tokenizer: Any
+    processor: Any
     lora_targets: Sequence[str]
     banned: Sequence[int]
     ends: Sequence[int]
+
+    @property
+    def end(self) -> int: ...
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
         """What the model reads of a prompt and a PIL picture or `Video`; ValueError where it has no place."""
@@ -137,8 +142,16 @@ class CaptionPolicy:
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
-        """Write a text for each prompt, token by token; a text ends with its end token or at max_tokens."""
-        token, mask, likely = self._write(prompts, key, self.text)
+        """Write a text for each prompt, token by token; a text ends with its end token or at max_tokens.
+
+        A plan of given texts takes the references of the prompts, whose log-probability is not known before
+        the update and 0 here.
+        """
+        if plan.given:
+            token, mask = self._given(prompts)
+            likely = torch.zeros(token.shape, device=self.device)
+        else:
+            token, mask, likely = self._write(prompts, key, self.text)
         texts, start, end = self._read(token, mask)
         replay = {"token": token, "start": start, "end": end}
         return Trajectory(Outcome(prompts, texts), likely, mask, replay, plan)
@@ -148,6 +161,35 @@ class CaptionPolicy:
         """Texts alone; text: how they are written, None is the policy's own way."""
         token, mask, _ = self._write(prompts, key, text or self.text)
         return self._read(token, mask)[0]
+
+    @torch.no_grad()
+    def reference_log_prob(self, prompts: Prompts) -> Tensor:
+        """Of a token of each prompt's reference in the mean, [B] in nats on the CPU."""
+        trajectory = self.sample(prompts, Plan(1, given=True), ())
+        found = torch.zeros(trajectory.log_prob.shape, device=self.device)
+        for pick in self.picks(trajectory, torch.arange(len(trajectory)), self.chunk):
+            found[pick.rows, pick.columns] = self.evaluate(trajectory, pick).log_prob.float()
+        return (found.sum(1) / trajectory.mask.sum(1)).cpu()
+
+    def _given(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of the references, [B, S] each, with the token that ends a text."""
+        shape = (len(prompts), self.text.max_tokens)
+        token = torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        never, tokenizer = set(self.adapter.banned), self.adapter.tokenizer
+        for row, (prompt, extra) in enumerate(zip(prompts.text, prompts.extra, strict=True)):
+            text = extra.get("reference")
+            if not isinstance(text, str):
+                raise ValueError(f'prompt {prompt!r} has no "reference" to learn from')
+            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], self.adapter.end][: shape[1]]
+            if odd := [number for number in ids if number in never]:
+                word = tokenizer.convert_ids_to_tokens(odd[0])
+                raise ValueError(
+                    f"the reference {text[:60]!r} holds {word!r}, which no text of this model may hold"
+                )
+            token[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = True
+        return token.to(self.device), mask.to(self.device)
 
     def _write(self, prompts: Prompts, key: Key, text: TextSettings) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, mask and log-probabilities, [B, S] each."""
@@ -231,9 +273,12 @@ class CaptionPolicy:
     # ---- the update
 
     def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
-        """All tokens of at most `size` texts at a time, groups together."""
+        """All tokens of at most `size` texts at a time, groups together and those of long texts first.
+
+        Texts of one forward are padded to the longest of them.
+        """
         mask, rows = trajectory.mask.cpu(), rows.cpu()
-        for part in torch.split(rows[_grouped(trajectory.group[rows])], size):
+        for part in torch.split(rows[by_length(trajectory.group[rows].cpu(), mask[rows].sum(1))], size):
             place, column = mask[part].nonzero(as_tuple=True)
             yield Pick(part[place], column)
 
@@ -319,6 +364,7 @@ class CaptionPolicy:
         whole = dict(state) if state else self._network.state_dict()
         if not self.settings.lora.rank:
             self._network.save_pretrained(folder / WEIGHTS, state_dict=whole)
+            self.adapter.processor.save_pretrained(folder / WEIGHTS)  # so that it is a captioner of its own
             return
         from peft import LoraConfig
         from safetensors.torch import save_file
@@ -392,6 +438,14 @@ def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, in
         edges.append(max(edges[-1], known))
     inside = [min(max(edge - lead, 0), len(text)) for edge in edges]
     return text, list(pairwise(inside))
+
+
+def by_length(group: Tensor, length: Tensor) -> Tensor:
+    """Rows [B] with groups together, those whose longest text is longest first; group, length: [B]."""
+    number = torch.unique(group, return_inverse=True)[1]
+    longest = torch.zeros_like(number).scatter_reduce(0, number, length.to(number), "amax")[number]
+    order = number.argsort(stable=True)
+    return order[longest[order].argsort(descending=True, stable=True)]
 
 
 def _shown(text: str, extra: Mapping[str, object]) -> str | Clip:
