@@ -254,13 +254,24 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Behavior:
+    """What drew the actions of a trajectory where it was not the policy itself (`mmalign.mismatch`).
+
+    log_prob: [B, S] there. cap: bound on the importance weight of an action.
+    """
+
+    log_prob: Tensor
+    cap: float
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """A batch of samples: the outcome, the actions that led to it, and what replays them.
 
     log_prob: [B, S, *site] under the policy that sampled; S = 0 where nothing was drawn. mask: [B, S] bool,
     False on padding and on what is not learned from. replay: read only by the policy that wrote it; every
     tensor in it starts with B. plan: the one that was followed, and sigmas [steps + 1] the schedule, where
-    the policy denoises.
+    the policy denoises. behavior: what drew the actions, where another engine did.
     """
 
     outcome: Outcome
@@ -269,6 +280,7 @@ class Trajectory:
     replay: Mapping[str, Tensor]
     plan: Plan | None = None
     sigmas: Tensor | None = None
+    behavior: Behavior | None = None
 
     @property
     def group(self) -> Tensor:

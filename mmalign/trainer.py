@@ -22,6 +22,7 @@ from mmalign.distributed import Distributed, local
 from mmalign.gradients import Differentiated
 from mmalign.health import Clock, Running, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
+from mmalign.mismatch import corrected, mismatch
 from mmalign.objectives import REFERENCE, Objective
 from mmalign.overlap import sample_and_judge
 from mmalign.plans import PlanAt
@@ -293,7 +294,11 @@ class Trainer:
             advantage = credit(composed.signals, trajectory, self.policy.locate, peers, part)
             if self.algorithm.refine is not None:
                 advantage = self.algorithm.refine(self.policy, trajectory, advantage, peers)
+            if trajectory.behavior is not None:
+                advantage = corrected(advantage, trajectory)
             metrics = summarize(scores, peers, trajectory.outcome.views, self.distributed.gather_objects)
+            if trajectory.behavior is not None:
+                metrics |= mismatch(trajectory, self.distributed.gather)
             metrics |= composed.metrics
             metrics |= self._about(advantage, peers)
             if self.algorithm.memory is not None:

@@ -11,9 +11,10 @@ tokens that no text may hold (placeholders of pictures, padding). Only the cut o
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,13 +22,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from mmalign.contracts import Forwards, Key, PolicySettings, TextSettings
+from mmalign.contracts import Forwards, Key, PolicySettings, RolloutError, TextSettings
 from mmalign.copies import Copies
-from mmalign.pictures import Clip, asked, open_picture
+from mmalign.pictures import Clip, asked, in_message, open_picture
 from mmalign.pipelines.flow import add_lora, take
+from mmalign.pipelines.rollout_server import Request, RolloutServer
 from mmalign.pipelines.videos import open_video
-from mmalign.randomness import generator
+from mmalign.randomness import generator, seed_of
 from mmalign.records import (
+    Behavior,
     Evaluation,
     Outcome,
     Pick,
@@ -122,6 +125,15 @@ class CaptionPolicy:
                 "policy.gradient_checkpointing drops the keys and values that a captioner shares inside a "
                 "group; lower training.batch to save memory"
             )
+        if settings.rollout is not None and (not settings.lora.rank or settings.text.top_p < 1):
+            raise ValueError(
+                "policy.rollout gives a server adapters and takes its log-probabilities, so that it needs "
+                f"policy.lora.rank above 0 and policy.text.top_p=1, got {settings.lora.rank} and "
+                f"{settings.text.top_p}"
+            )
+        if settings.rollout is not None and getattr(adapter.processor, "chat_template", None) is None:
+            raise ValueError("policy.rollout asks by chat, and policy.model has no chat template")
+        self.server = None if settings.rollout is None else RolloutServer(settings.rollout)
         self.adapter, self.settings, self.text = adapter, settings, settings.text
         self.device, self.chunk = torch.device(device), chunk
         self.forwards = Forwards()
@@ -147,14 +159,18 @@ class CaptionPolicy:
         A plan of given texts takes the references of the prompts, whose log-probability is not known before
         the update and 0 here.
         """
+        served = self.server is not None and not plan.given
         if plan.given:
             token, mask = self._given(prompts)
             likely = torch.zeros(token.shape, device=self.device)
+        elif served:
+            token, mask, likely = self._served(prompts, key)
         else:
             token, mask, likely = self._write(prompts, key, self.text)
         texts, start, end = self._read(token, mask)
         replay = {"token": token, "start": start, "end": end}
-        return Trajectory(Outcome(prompts, texts), likely, mask, replay, plan)
+        trajectory = Trajectory(Outcome(prompts, texts), likely, mask, replay, plan)
+        return self._weighed(trajectory) if served else trajectory
 
     @torch.no_grad()
     def texts(self, prompts: Prompts, key: Key, text: TextSettings | None = None) -> list[str]:
@@ -166,10 +182,82 @@ class CaptionPolicy:
     def reference_log_prob(self, prompts: Prompts) -> Tensor:
         """Of a token of each prompt's reference in the mean, [B] in nats on the CPU."""
         trajectory = self.sample(prompts, Plan(1, given=True), ())
+        return (self._likely(trajectory).sum(1) / trajectory.mask.sum(1)).cpu()
+
+    def _likely(self, trajectory: Trajectory) -> Tensor:
+        """How likely all actions are now, [B, S]."""
         found = torch.zeros(trajectory.log_prob.shape, device=self.device)
         for pick in self.picks(trajectory, torch.arange(len(trajectory)), self.chunk):
             found[pick.rows, pick.columns] = self.evaluate(trajectory, pick).log_prob.float()
-        return (found.sum(1) / trajectory.mask.sum(1)).cpu()
+        return found
+
+    def _served(self, prompts: Prompts, key: Key) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, mask and log-probabilities of texts that the server writes with the present weights."""
+        assert self.server is not None
+        self.server.load(self._fingerprint(), self.save)
+        shape = (len(prompts), self.text.max_tokens)
+        token = torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        likely = torch.zeros(shape)
+        requests = [self._request(prompts.take(torch.tensor([row])), key) for row in range(len(prompts))]
+        never = set(self.adapter.banned)
+        for row, text in enumerate(self.server.write(requests)):
+            count = len(text.tokens)
+            odd = sorted(never & set(text.tokens))
+            if count > shape[1] or odd:
+                raise RolloutError(
+                    f"policy.rollout: a text has {count} tokens, of at most {shape[1]}, and of the special "
+                    f"ones {odd}; the server must keep to max_tokens and logit_bias"
+                )
+            token[row, :count] = torch.tensor(text.tokens)
+            mask[row, :count] = True
+            likely[row, :count] = torch.tensor(text.log_prob)
+        return token.to(self.device), mask.to(self.device), likely.to(self.device)
+
+    def _request(self, prompt: Prompts, key: Key) -> Request:
+        """One prompt as the server reads it; a picture goes as PNG in the message."""
+        shown = _shown(prompt.text[0], prompt.extra[0])
+        if not isinstance(shown, str):
+            raise ValueError("policy.rollout: a server is asked about pictures, not videos")
+        read = self._inputs(prompt.text[0], shown)["input_ids"].shape[1]
+        content = [
+            {"type": "image_url", "image_url": {"url": in_message(open_picture(shown))}},
+            {"type": "text", "text": prompt.text[0]},
+        ]
+        name = (int(prompt.group[0]), int(prompt.member[0]))
+        body = {
+            "messages": [{"role": "user", "content": content}],
+            "temperature": self.text.temperature,
+            "max_tokens": self.text.max_tokens,
+            "seed": seed_of(*key, "token", *name) % 2**31,
+            "logit_bias": {str(number): -100 for number in self.adapter.banned},
+        }
+        return Request(body, read)
+
+    def _fingerprint(self) -> str:
+        """The same for equal weights alone."""
+        made = hashlib.blake2b(digest_size=16)
+        for p in self._network.parameters():
+            if p.requires_grad:
+                if hasattr(p, "full_tensor"):
+                    raise ValueError("policy.rollout: sharded weights cannot be written for a server")
+                made.update(p.detach().float().cpu().numpy().tobytes())
+        return made.hexdigest()
+
+    def _weighed(self, trajectory: Trajectory) -> Trajectory:
+        """A trajectory of the server with the log-probabilities of this policy; it must be close to it."""
+        rollout = self.settings.rollout
+        assert rollout is not None
+        likely = self._likely(trajectory)
+        gap = float((likely - trajectory.log_prob)[trajectory.mask].abs().mean())
+        if not gap <= rollout.limit:
+            raise RolloutError(
+                f"policy.rollout: log-probabilities of the server differ from those of this policy by "
+                f"{gap:.3g} in the mean, more than policy.rollout.limit={rollout.limit:g}: it did not take "
+                "the adapter, reads other pictures, or tells log-probabilities before temperature and "
+                "logit_bias (vLLM: --logprobs-mode processed_logprobs)"
+            )
+        return replace(trajectory, log_prob=likely, behavior=Behavior(trajectory.log_prob, rollout.cap))
 
     def _given(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Tokens and mask of the references, [B, S] each, with the token that ends a text."""
@@ -338,7 +426,12 @@ class CaptionPolicy:
 
     @torch.no_grad()
     def check(self, prompts: Prompts) -> None:
-        """Raise ValueError where the picture makes no difference to what the model would write."""
+        """Raise ValueError where the picture makes no difference to what the model would write.
+
+        RolloutError where another engine is to write and cannot.
+        """
+        if self.server is not None:
+            self.server.check()
         text, extra = next(zip(prompts.text, prompts.extra, strict=True))
         inputs = self._inputs(text, _shown(text, extra))
         # Almost black: pictures of zeros stand for padding in some families.
