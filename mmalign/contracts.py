@@ -223,9 +223,9 @@ class TextSettings:
 class RolloutSettings:
     """Another engine that writes the texts of training, behind an OpenAI-compatible endpoint (vLLM)."""
 
-    url: str  # up to and with the version, http://localhost:8000/v1
-    model: str  # name by which the server knows the base model
-    folder: str  # where adapters are written for the server to read, by the same path
+    url: str = ""  # up to and with the version, http://localhost:8000/v1; empty: the captioner writes itself
+    model: str = ""  # name by which the server knows the base model; empty: policy.model
+    folder: str = ""  # where adapters are written for the server to read, by the same path
     adapter: str = "mmalign"  # beginning of the names of adapters in the server
     key: str = "OPENAI_API_KEY"  # environment variable that holds the key, where one is needed
     parallel: int = 64  # texts that are asked for at the same time
@@ -238,8 +238,10 @@ class RolloutSettings:
     limit: float = 0.3
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
+        if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
+        if self.url and not self.folder:
+            raise ValueError("folder must name where adapters are written for the server to read")
         for name in ("retries", "pause"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -276,4 +278,4 @@ class PolicySettings:
     gradient_checkpointing: bool = False  # saves memory, costs a third more time in the update
     lora: LoraSettings = field(default_factory=LoraSettings)
     text: TextSettings = field(default_factory=TextSettings)
-    rollout: RolloutSettings | None = None  # who writes the texts that a captioner learns from; null: itself
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)

@@ -125,15 +125,7 @@ class CaptionPolicy:
                 "policy.gradient_checkpointing drops the keys and values that a captioner shares inside a "
                 "group; lower training.batch to save memory"
             )
-        if settings.rollout is not None and (not settings.lora.rank or settings.text.top_p < 1):
-            raise ValueError(
-                "policy.rollout gives a server adapters and takes its log-probabilities, so that it needs "
-                f"policy.lora.rank above 0 and policy.text.top_p=1, got {settings.lora.rank} and "
-                f"{settings.text.top_p}"
-            )
-        if settings.rollout is not None and getattr(adapter.processor, "chat_template", None) is None:
-            raise ValueError("policy.rollout asks by chat, and policy.model has no chat template")
-        self.server = None if settings.rollout is None else RolloutServer(settings.rollout)
+        self.server = _engine(settings, adapter)
         self.adapter, self.settings, self.text = adapter, settings, settings.text
         self.device, self.chunk = torch.device(device), chunk
         self.forwards = Forwards()
@@ -247,7 +239,6 @@ class CaptionPolicy:
     def _weighed(self, trajectory: Trajectory) -> Trajectory:
         """A trajectory of the server with the log-probabilities of this policy; it must be close to it."""
         rollout = self.settings.rollout
-        assert rollout is not None
         likely = self._likely(trajectory)
         gap = float((likely - trajectory.log_prob)[trajectory.mask].abs().mean())
         if not gap <= rollout.limit:
@@ -539,6 +530,21 @@ def by_length(group: Tensor, length: Tensor) -> Tensor:
     longest = torch.zeros_like(number).scatter_reduce(0, number, length.to(number), "amax")[number]
     order = number.argsort(stable=True)
     return order[longest[order].argsort(descending=True, stable=True)]
+
+
+def _engine(settings: PolicySettings, adapter: CaptionAdapter) -> RolloutServer | None:
+    """Who writes the texts of training, if it is not the policy itself."""
+    if not settings.rollout.url:
+        return None
+    if not settings.lora.rank or settings.text.top_p < 1:
+        raise ValueError(
+            "policy.rollout gives a server adapters and takes its log-probabilities, so that it needs "
+            f"policy.lora.rank above 0 and policy.text.top_p=1, got {settings.lora.rank} and "
+            f"{settings.text.top_p}"
+        )
+    if getattr(adapter.processor, "chat_template", None) is None:
+        raise ValueError("policy.rollout asks by chat, and policy.model has no chat template")
+    return RolloutServer(settings.rollout, settings.rollout.model or settings.model)
 
 
 def _shown(text: str, extra: Mapping[str, object]) -> str | Clip:

@@ -38,12 +38,13 @@ class Written:
 class RolloutServer:
     """A client of one server, and the adapter of this process in it."""
 
-    def __init__(self, settings: RolloutSettings) -> None:
+    def __init__(self, settings: RolloutSettings, model: str) -> None:
+        """model: the name of the base model in the server."""
         try:
             import httpx
         except ImportError:
             raise ImportError("policy.rollout needs httpx: pip install 'mmalign[judges]'") from None
-        self.settings = settings
+        self.settings, self.model = settings, model
         secret = os.environ.get(settings.key)
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self._client = httpx.Client(headers=headers, timeout=settings.timeout)
@@ -55,10 +56,10 @@ class RolloutServer:
     def check(self) -> None:
         """Raise RolloutError where nobody answers, or the base model is not there."""
         served = [str(one.get("id")) for one in self._ask("GET", "models").get("data", [])]
-        if self.settings.model not in served:
+        if self.model not in served:
             raise RolloutError(
                 f"policy.rollout.model: {self.settings.url} serves {', '.join(served) or 'nothing'}, not "
-                f"{self.settings.model}"
+                f"{self.model}"
             )
 
     def load(self, fingerprint: str, save: Callable[[Path], None]) -> bool:
@@ -82,7 +83,7 @@ class RolloutServer:
             return list(pool.map(self._one, requests))
 
     def _one(self, request: Request) -> Written:
-        model = self.settings.model if self._loaded is None else self._loaded[0]
+        model = self.model if self._loaded is None else self._loaded[0]
         wants = {"model": model, "logprobs": True, "return_token_ids": True, "n": 1}
         reply = self._ask("POST", "chat/completions", {**request.body, **wants})
         try:
