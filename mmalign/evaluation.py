@@ -20,17 +20,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from mmalign.contracts import Forwards, Key, Media, PairwiseReward, Reward, RewardModel, Writes
+from mmalign.contracts import (
+    Forwards,
+    Key,
+    KnowsReferences,
+    Media,
+    PairwiseReward,
+    Reward,
+    RewardModel,
+    Writes,
+)
 from mmalign.data import Prompt
 from mmalign.distances import Distances, Extract, compare, extracted
 from mmalign.grids import CELL, Panel, fit, from_pil
-from mmalign.pictures import open_picture
+from mmalign.pictures import still
 from mmalign.randomness import generator
 from mmalign.records import Outcome, Prompts
 from mmalign.scoring import judge as ask
 
 RESAMPLES = 2000
 POOLED = 16  # diversity looks at pictures of this size
+FAMILIAR = "reference_log_prob"  # score of policies that know references: minus their held-out token loss
 LINE = 30  # letters of a line under a picture
 
 
@@ -214,6 +224,22 @@ def batches(count: int, size: int) -> list[Tensor]:
     return [torch.arange(first, min(first + size, count)) for first in range(0, count, size)]
 
 
+def familiar(policy: Draws | Writes, prompts: Prompts, settings: EvaluationSettings) -> list[float] | None:
+    """`reference_log_prob` of each prompt; None where the policy cannot tell or a prompt has no reference."""
+    known = all(isinstance(extra.get("reference"), str) for extra in prompts.extra)
+    if not isinstance(policy, KnowsReferences) or not known:
+        return None
+    before = policy.forwards.reference
+    each, place = torch.unique(prompts.group, return_inverse=True)  # seeds of a prompt share its reference
+    firsts = torch.stack([(prompts.group == number).nonzero()[0, 0] for number in each])
+    found = [
+        policy.reference_log_prob(prompts.take(firsts[rows])) for rows in batches(len(each), settings.batch)
+    ]
+    policy.forwards.reference = before
+    said: list[float] = torch.cat(found)[place].tolist()
+    return said
+
+
 def draw(policy: Draws | Writes, prompts: Prompts, settings: EvaluationSettings) -> Media:
     """Pictures [B, 3, H, W] on the CPU, or B texts; each depends on its group and member, not on others."""
     key: Key = (settings.seed, "evaluation")
@@ -381,7 +407,9 @@ def described(prompts: Prompts) -> Tensor:
     side = CELL
     sheet = torch.ones(len(prompts), 3, side, side)
     for row, extra in enumerate(prompts.extra):
-        picture = open_picture(str(extra["image"]))
+        picture = still(extra)
+        if picture is None:
+            continue
         picture.thumbnail((side, side))
         pixels = from_pil(fit(picture, side) if picture.width <= side // 2 else picture)[:, :side, :side]
         sheet[row, :, : pixels.shape[1], : pixels.shape[2]] = pixels
@@ -479,7 +507,13 @@ class Evaluator:
         prompts = repeat(self.prompts, mine, seeds)
         media = draw(policy, prompts, self.settings)
         count = len(places) * seeds  # beyond it prompts come a second time
-        found = self.distributed.gather_objects(verdicts(self.rewards, prompts, media))[:count]
+        judged = verdicts(self.rewards, prompts, media)
+        if (likely := familiar(policy, prompts, self.settings)) is not None:
+            judged = [
+                replace(verdict, values={**verdict.values, FAMILIAR: value})
+                for verdict, value in zip(judged, likely, strict=True)
+            ]
+        found = self.distributed.gather_objects(judged)[:count]
         group = self.distributed.gather(prompts.group)[:count]
         features = torch.zeros(len(prompts), 0)
         if self.extract is not None and self.references is not None:

@@ -45,13 +45,17 @@ class Matching:
         if not 0 < self.power <= 1:
             raise ValueError(f"power must lie in (0, 1], got {self.power}")
 
-    def __call__(self, state: Noised, velocity: Tensor) -> Tensor:
-        """The weighted error of velocities [n, *latent], [n]; each a mean over the latent."""
+    def __call__(self, state: Noised, velocity: Tensor, sites: int = 0) -> Tensor:
+        """The weighted error of velocities [n, C, *place], [n]; each a mean over the latent.
+
+        sites: how many of its axes are kept apart, so that the error is [n, *site]: 1 for each frame its own.
+        """
         miss = state.x - state.sigma * velocity - state.clean  # of the clean estimate: t times the velocity's
-        t, error = state.sigma.flatten(), miss.square().flatten(1).mean(1)
+        inner = (1, *range(2 + sites, miss.ndim))
+        t, error = state.sigma.reshape(-1, *[1] * sites), miss.square().mean(inner)
         inside = 2  # powers of t that the error holds already
         if self.adaptive:
-            error, inside = error / miss.detach().abs().flatten(1).mean(1).clamp(min=1e-5), 1
+            error, inside = error / miss.detach().abs().mean(inner).clamp(min=1e-5), 1
         power = POWERS[self.weight]
         if self.power < 1:
             error = error * t**-inside

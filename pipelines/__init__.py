@@ -12,25 +12,38 @@ import torch
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines.captioner import CaptionAdapter, CaptionPolicy
 from mmalign.pipelines.flow import DTYPES, FlowAdapter, FlowPolicy
+from mmalign.records import Split
 from mmalign.sde import Noise
 
 # `_class_name` of model_index.json -> adapter
 ADAPTERS = {
+    "AuraFlowPipeline": "mmalign.pipelines.aura_flow:AuraFlow",
     "ChromaPipeline": "mmalign.pipelines.flux:Chroma",
+    "CogView4Pipeline": "mmalign.pipelines.cogview4:CogView4",
     "FluxKontextPipeline": "mmalign.pipelines.flux:FluxKontext",
     "FluxPipeline": "mmalign.pipelines.flux:Flux",
+    "HunyuanVideo15Pipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo15",
     "HunyuanVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo",
     "Flux2KleinPipeline": "mmalign.pipelines.flux2:Flux2Klein",
     "Flux2Pipeline": "mmalign.pipelines.flux2:Flux2",
+    "LTXPipeline": "mmalign.pipelines.ltx:LTX",
+    "Lumina2Pipeline": "mmalign.pipelines.lumina2:Lumina2",
     "QwenImageEditPipeline": "mmalign.pipelines.qwen_image:QwenImageEdit",
     "QwenImageEditPlusPipeline": "mmalign.pipelines.qwen_image:QwenImageEditPlus",
     "QwenImagePipeline": "mmalign.pipelines.qwen_image:QwenImage",
+    "SanaPipeline": "mmalign.pipelines.sana:Sana",
     "WanImageToVideoPipeline": "mmalign.pipelines.wan:WanImageToVideo",
     "WanPipeline": "mmalign.pipelines.wan:Wan",
     "ZImagePipeline": "mmalign.pipelines.z_image:ZImage",
     "StableDiffusion3Pipeline": "mmalign.pipelines.sd3:SD3",
     "StableDiffusionPipeline": "mmalign.pipelines.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "mmalign.pipelines.sd:StableDiffusionXL",
+}
+# `model_type` of config.json -> adapter, for models that have no token for a picture
+CAPTION_ADAPTERS = {
+    "blip": "mmalign.pipelines.encoder_decoder:PictureEncoder",
+    "florence2": "mmalign.pipelines.encoder_decoder:EncoderDecoder",
+    "git": "mmalign.pipelines.encoder_decoder:PicturePrefix",
 }
 CAPTIONER = "captioner"  # what a folder in transformers format holds
 
@@ -40,13 +53,13 @@ def load(
     noise: Noise,
     device: torch.device | str = "cpu",
     *,
-    by_site: bool = False,
+    split: Split = "whole",
     chunk: int = 64,
     seed: int = 0,
 ) -> FlowPolicy | CaptionPolicy:
     """The policy over `settings.model`, a local folder or a hub id; errors name the setting and its mend.
 
-    noise, by_site: of a flow model. chunk, seed: see `FlowPolicy` and `CaptionPolicy`.
+    noise, split: of a flow model. chunk, seed: see `FlowPolicy` and `CaptionPolicy`.
     """
     if settings.precision not in DTYPES:
         raise ValueError(f"policy.precision must be one of {', '.join(DTYPES)}, got {settings.precision!r}")
@@ -61,15 +74,18 @@ def load(
         adapter: FlowAdapter = family(settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {settings.model} does not load as a pipeline: {error}") from error
-    return FlowPolicy(adapter, settings, noise, device, by_site=by_site, chunk=chunk, seed=seed)
+    return FlowPolicy(adapter, settings, noise, device, split=split, chunk=chunk, seed=seed)
 
 
 def caption_adapter(settings: PolicySettings) -> CaptionAdapter:
     """The adapter over a model in transformers format."""
-    from mmalign.pipelines.vlm import VisionLanguage
+    from transformers import AutoConfig
 
     try:
-        return VisionLanguage(settings)
+        kind: str = AutoConfig.from_pretrained(settings.model).model_type
+        module, _, name = CAPTION_ADAPTERS.get(kind, "mmalign.pipelines.vlm:VisionLanguage").partition(":")
+        adapter: CaptionAdapter = getattr(importlib.import_module(module), name)(settings)
+        return adapter
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {settings.model} does not load as a captioner: {error}") from error
 

@@ -20,18 +20,28 @@ MODELS = {
     "QwenImageEditPipeline": ("Qwen-Image-Edit", "editing", "one source picture"),
     "QwenImageEditPlusPipeline": ("Qwen-Image-Edit-2509, 2511", "editing", "several source pictures"),
     "ZImagePipeline": ("Z-Image, Z-Image-Turbo", "text to image", "guidance is the pipeline's scale plus 1"),
+    "Lumina2Pipeline": ("Lumina-Image 2.0", "text to image", "guidance keeps the norm of each row of places"),
+    "AuraFlowPipeline": ("AuraFlow", "text to image", ""),
+    "SanaPipeline": ("Sana", "text to image", "instructions before the prompt; any size"),
+    "CogView4Pipeline": ("CogView4", "text to image", "its network is told the time before the shift"),
     "WanPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "text to video", "both experts are trained"),
     "WanImageToVideoPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "image to video", "one source picture"),
+    "LTXPipeline": ("LTX-Video", "text to video", "clean latents are decoded"),
     "HunyuanVideoPipeline": ("HunyuanVideo", "text to video", "embedded and true guidance"),
+    "HunyuanVideo15Pipeline": (
+        "HunyuanVideo 1.5",
+        "text to video",
+        "its denoiser loads the LoRA, not its pipeline: `transformer.load_lora_adapter(folder, "
+        "prefix='transformer', weight_name=...)`",
+    ),
 }
 
 # Families that people ask for and that cannot be trained here yet, and why.
 ABSENT = {
     "PixArt-Sigma": "its denoiser in diffusers takes no adapters, so no LoRA could be loaded there",
-    "HunyuanVideo 1.5": "no adapter yet; its pipeline in diffusers cannot load a LoRA, only its denoiser can",
-    "LTX-Video, LTX-2": "no adapter yet; LTX-2 draws sound with the video, in two latents",
+    "LTX-2": "no adapter yet; it draws sound with the video, in two latents",
     "CogVideoX": "no adapter yet; it predicts v, as `pipelines/sd.py` has it",
-    "Sana, Lumina 2, CogView4, AuraFlow, HiDream": "no adapter yet",
+    "HiDream": "no adapter yet",
 }
 
 HEAD = """

@@ -36,6 +36,7 @@ from mmalign.records import (
     Pick,
     Plan,
     Prompts,
+    Split,
     Steps,
     Trajectory,
     Where,
@@ -183,9 +184,10 @@ class _Texts:
 class FlowPolicy:
     """A flow model as a policy: its actions are the stochastic denoising steps.
 
-    by_site: keep one log-probability per place of the latent, so that `locate` can place Masks; a policy with
-    ratios per place has another objective, with its own clip range. chunk: network rows of one forward in
-    sampling; raise it until the device is busy, lower it if memory runs out. seed: of the first LoRA weights.
+    split: keep one log-probability for each frame of the latent of a video, or for each place of a latent, so
+    that `locate` can place Masks; a policy with ratios per place has another objective, with its own clip
+    range. chunk: network rows of one forward in sampling; raise it until the device is busy, lower it if
+    memory runs out. seed: of the first LoRA weights.
 
     `replay` holds per action x, x_next and its mean [B, S, *latent], sigma and sigma_next [B, S] and, on the
     CPU, state [B, S] (see `state_ids`); per sample the schedule's guard [B]. Floats are fp32 at every
@@ -199,7 +201,7 @@ class FlowPolicy:
         noise: Noise,
         device: torch.device | str = "cpu",
         *,
-        by_site: bool = False,
+        split: Split = "whole",
         chunk: int = 64,
         seed: int = 0,
     ) -> None:
@@ -210,8 +212,10 @@ class FlowPolicy:
         if chunk < 1:
             raise ValueError(f"chunk must be at least one network row, got {chunk}")
         self.adapter, self.settings, self.noise = adapter, settings, noise
-        self.device, self.by_site, self.chunk = torch.device(device), by_site, chunk
+        self.device, self.split, self.chunk = torch.device(device), split, chunk
         self.shape = adapter.latent_shape(settings.height, settings.width)
+        if split == "frames" and len(self.shape) == 3:
+            raise ValueError("credit by frames needs a model of videos; this one makes pictures")
         if settings.frames is not None and len(self.shape) == 3:
             raise ValueError(f"policy.frames: this model makes pictures, not videos; got {settings.frames}")
         self.forwards = Forwards()
@@ -259,7 +263,7 @@ class FlowPolicy:
                 replay = halt(prompts, rolled, plan, sigmas, key)
         if plan.renoise:
             replay = noise_again(prompts, clean, plan.renoise, sigmas, key)
-        site, actions = self.shape[1:] if self.by_site else (), plan.actions
+        site, actions = self.site, plan.actions
         recorded = replay.pop("log_prob", torch.zeros(samples, actions, *site, device=self.device))
         mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
         if plan.learned is not None:
@@ -491,13 +495,19 @@ class FlowPolicy:
         return retake(trajectory, pick, velocity, self.noise, self._dims)
 
     @property
+    def site(self) -> tuple[int, ...]:
+        """What an action is split into: (), frames (f,), or places ([f,] h, w)."""
+        return {"whole": (), "frames": self.shape[1:2], "places": self.shape[1:]}[self.split]
+
+    @property
     def _dims(self) -> tuple[int, ...]:
-        return (1,) if self.by_site else tuple(range(1, len(self.shape) + 1))
+        """What a log-probability is summed up over, of states [n, C, *place]."""
+        return (1, *range(2 + len(self.site), len(self.shape) + 1))
 
     # ---- places
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
-        """Footprint of units on the denoising steps, and with by_site on the places of the latent."""
+        """Footprint of units on the denoising steps, and on the frames or places they are split into."""
         actions = trajectory.log_prob
         site = actions.shape[2:]
         if isinstance(where, Whole):
@@ -506,11 +516,16 @@ class FlowPolicy:
             steps = torch.arange(actions.shape[1], device=actions.device)
             hit = (where.index.to(actions.device)[..., None] == steps).float()
             return hit.reshape(*hit.shape, *[1] * len(site))
-        if isinstance(where, Masks) and self.by_site:
-            return _on_latent(where.mask.to(actions.device).float(), site)[:, :, None]
+        if isinstance(where, Masks) and site:
+            mask = where.mask.to(actions.device).float()
+            if len(self.shape) == 4:
+                mask = _on_frames(mask, site[0], getattr(self.adapter, "temporal", 1))
+            if self.split == "frames":
+                return mask.mean((3, 4))[:, :, None]
+            return _on_latent(mask, site)[:, :, None]
         raise TypeError(
             f"a flow policy cannot place {type(where).__name__} on its denoising steps; it can place Whole, "
-            "Steps and, with by_site=True, Masks"
+            "Steps and, where they are split, Masks"
         )
 
     # ---- files
@@ -652,6 +667,22 @@ def read_picture(file: str, height: int, width: int) -> Tensor:
         raise ValueError(f"{file} cannot be read as a picture: {error}") from error
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return pixels.reshape(height, width, 3).permute(2, 0, 1).float() / 255
+
+
+def _on_frames(mask: Tensor, frames: int, temporal: int) -> Tensor:
+    """Masks [B, U, F, H, W] as means over what each frame of the latent stands for, [B, U, frames, H, W].
+
+    The first stands for one frame, each further one for `temporal`, as causal autoencoders have it. A mask of
+    one frame is of every frame.
+    """
+    if mask.shape[2] == 1:
+        return mask.expand(-1, -1, frames, -1, -1)
+    if mask.shape[2] != (frames - 1) * temporal + 1:
+        raise ValueError(
+            f"a video of {(frames - 1) * temporal + 1} frames needs masks of as many, got {tuple(mask.shape)}"
+        )
+    later = mask[:, :, 1:].reshape(*mask.shape[:2], frames - 1, temporal, *mask.shape[3:])
+    return torch.cat([mask[:, :, :1], later.mean(3)], 2)
 
 
 def _on_latent(mask: Tensor, site: Sequence[int]) -> Tensor:

@@ -25,19 +25,24 @@ REWARDS = {
     "conse": "mmalign.rewardmodels.conse:ConSE",
     "contrast": "mmalign.rewardmodels.statistics:Contrast",
     "dino_similarity": "mmalign.rewardmodels.dino:DinoSimilarity",
+    "framewise": "mmalign.rewardmodels.framewise:Framewise",
     "holistic": "mmalign.rewardmodels.claimdiff:Holistic",
+    "identity": "mmalign.rewardmodels.identity:Identity",
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
+    "lab_video": "mmalign.rewardmodels.lab_video:LabVideo",
     "likelihood": "mmalign.rewardmodels.likelihood:Likelihood",
+    "motion": "mmalign.rewardmodels.motion:Motion",
     "ocr": "mmalign.rewardmodels.ocr:OcrAccuracy",
     "pickscore": "mmalign.rewardmodels.clip:PickScore",
     "preference": "mmalign.rewardmodels.preference:Preference",
     "remote": "mmalign.rewardmodels.remote:Remote",
     "sharpness": "mmalign.rewardmodels.statistics:Sharpness",
     "siglip": "mmalign.rewardmodels.clip:SigLip",
+    "temporal_consistency": "mmalign.rewardmodels.framewise:TemporalConsistency",
     "vlm_preference": "mmalign.rewardmodels.vlm_score:VlmPreference",
     "vlm_score": "mmalign.rewardmodels.vlm_score:VlmScore",
     "vqa_score": "mmalign.rewardmodels.vlm_score:VqaScore",
@@ -58,7 +63,7 @@ def load(name: str, /, **settings: Any) -> Reward:
             f"there is no reward {name!r}{_nearest(name, REWARDS)}; a reward of your own is named by the "
             "path of its class, my_pkg.my_reward:MyReward"
         )
-    kind = _find(REWARDS.get(name, name))
+    kind = find(REWARDS.get(name, name))
     _check_settings(name, kind, settings)
     reward = kind(**settings)
     pairwise = isinstance(reward, PairwiseReward)
@@ -70,8 +75,8 @@ def load(name: str, /, **settings: Any) -> Reward:
     return reward  # type: ignore[no-any-return]  # it was checked by hand, a protocol of calls cannot be
 
 
-def _find(path: str) -> Any:
-    """The class named `module:Class`."""
+def find(path: str) -> Any:
+    """The class named `module:Class`; ValueError where there is none."""
     module, _, attribute = path.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
         raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mmalign.records import Outcome
+from mmalign.records import Masks, Outcome
 
 OUTSIDE = 1e-3  # how far a pixel may lie outside of [0, 1]: rounding, not another scale
 
@@ -29,6 +29,12 @@ def frames(name: str, outcome: Outcome, device: str | torch.device | None = None
         return pictures(name, outcome, device)[:, None]
     shape = "[samples, 3, height, width] or [samples, frames, 3, height, width]"
     return _checked(name, outcome, device, ndim=5, shape=shape).detach()
+
+
+def of_frames(videos: Tensor) -> Masks:
+    """Units that speak of one frame each, for videos [N, F, 3, H, W]."""
+    count, length = videos.shape[:2]
+    return Masks(torch.eye(length).reshape(1, length, length, 1, 1).expand(count, -1, -1, -1, -1))
 
 
 def texts(outcome: Outcome) -> list[str]:

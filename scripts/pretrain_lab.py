@@ -1,8 +1,10 @@
-"""Trains a complete small SD3 pipeline from nothing, on the lab or on any captioned pictures; or a captioner.
+"""Trains a complete small SD3 pipeline from nothing, on the lab or on any captioned pictures; or a captioner;
+or a Wan pipeline on clips of the lab.
 
     python scripts/pretrain_lab.py --out runs/pretrain_lab
     python scripts/pretrain_lab.py --data data/emoji/64 --out runs/pretrain_emoji --flow-steps 2000
     python scripts/pretrain_lab.py captioner --out runs/captioner
+    python scripts/pretrain_lab.py video --out runs/video
 
 The model is written to OUT/pipeline or OUT/captioner; the same command again goes on where it stopped.
 """
@@ -26,6 +28,7 @@ from mmalign.lab.pretrain_data import draw_lab, read_captioned
 
 LAB_SCENES = 100_000  # drawn for training; each is seen about five times
 CAPTIONED_SCENES = 24_000
+SCORED_CLIPS = 64  # of prompts that are not trained on, at every snapshot
 SCORED_IMAGES = 2  # of each held-out prompt, at every snapshot
 
 
@@ -106,10 +109,34 @@ def captioner(given: list[str]) -> None:
     pretrain_captioner(config, scenes, out, snapshot)
 
 
+def video(given: list[str]) -> None:
+    """Trains the lab's video model."""
+    from mmalign.lab.clips import list_clip_prompts
+    from mmalign.lab.pretrain_video import VideoPretraining, pretrain_video, sample_clips, scores
+
+    parser = argparse.ArgumentParser(prog="pretrain_lab.py video", description=video.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the run; OUT/pipeline is the result")
+    for field in fields(VideoPretraining):
+        kind = type(field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)  # type: ignore[arg-type]
+    chosen = vars(parser.parse_args(given))
+    out = chosen.pop("out")
+    prompts = list_clip_prompts(SCORED_CLIPS, "train", seed=2)
+
+    def snapshot(pipeline: Any, step: int) -> None:
+        found = scores(sample_clips(pipeline, prompts, steps=12, guidance=1.0, seed=0), prompts)
+        with open(out / "scores.jsonl", "a") as log:
+            log.write(json.dumps({"step": step, **found}) + "\n")
+        print(f"\nstep {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+
+    pretrain_video(VideoPretraining(**chosen), out, snapshot)
+
+
 def main() -> None:
-    if sys.argv[1:2] == ["captioner"]:
-        captioner(sys.argv[2:])
-        return
+    for name, train in (("captioner", captioner), ("video", video)):
+        if sys.argv[1:2] == [name]:
+            train(sys.argv[2:])
+            return
     chosen = arguments()
     config = settings(chosen)
     if chosen.data is None:

@@ -16,6 +16,8 @@ train at S = `renoise.times` noise levels each, and N S of the old policy, once 
 Noise levels are stratified over the sampler's own schedule; the public code goes through its grid in random
 order (`renoise.law`). The old policy follows the trained one by eta = min(0.001 i, 0.5) after iteration i,
 the first of the paper's two schedules; `old: {slope: 0.0075, most: 0.999, wait: 75}` is the second.
+
+`frames` is ours, for video: r, E0(v+) and E0(v-) are of each frame of the latent, the loss their mean.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from mmalign.contracts import Policy
 from mmalign.copies import Ramp
-from mmalign.credit import Credit, zscore, zscore_batch
+from mmalign.credit import Credit, by_frames, zscore, zscore_batch
 from mmalign.forward_process import Matching, NormGuard, renoised
 from mmalign.objectives import OLD, REFERENCE, Anchor, Measures, anchored, frozen, pulled, summed, velocity_of
 from mmalign.plans import forward_process
@@ -50,6 +52,7 @@ class DiffusionNFT:
     norm_guard: NormGuard = field(default_factory=NormGuard)  # against velocities that grow
     old: Ramp = field(default_factory=lambda: Ramp(slope=0.001, most=0.5))
     std: Literal["batch", "group"] = "batch"  # whose standard deviation scales the advantage
+    frames: bool = False  # of a video: frames are good or bad on their own, by rewards that judge them apart
 
     def __post_init__(self) -> None:
         for name in ("beta", "strength"):
@@ -63,7 +66,10 @@ class DiffusionNFT:
         anchors = ((Anchor(self.kl),) if self.kl else ()) + self.norm_guard.anchors
         return Algorithm(
             plans=forward_process(self.steps, self.renoise),
-            credit=Credit(weights, normalize, "total_first", "whole", clip=self.strength),
+            credit=by_frames(weights, normalize, self.strength)
+            if self.frames
+            else Credit(weights, normalize, "total_first", "whole", clip=self.strength),
+            split="frames" if self.frames else "whole",
             objective=NegativeAware(self.beta, self.strength, self.error, anchors),
             noise=Noise(level=0.0),
             copies={OLD: self.old} | ({REFERENCE: 1.0} if anchors else {}),
@@ -87,10 +93,16 @@ class NegativeAware:
         held = anchored(self.anchors, policy, batch)
         state, velocity = renoised(policy.evaluate(batch.trajectory, batch.pick))
         change = velocity - old
-        good = self.error(state, old + self.beta * change)
-        bad = self.error(state, old - self.beta * change)
-        share = (0.5 + batch.advantage / (2 * self.strength)).clamp(0, 1)  # [K, n]
+        sites = batch.advantage.ndim - 2
+        good = self.error(state, old + self.beta * change, sites)
+        bad = self.error(state, old - self.beta * change, sites)
+        share = (0.5 + batch.advantage / (2 * self.strength)).clamp(0, 1)  # [K, n, *site]
         loss = self.strength / self.beta * (share * good + (1 - share) * bad)
         penalty, pulls = pulled(self.anchors, held, velocity, batch.advantage)
-        measures = {"error": good.detach(), "moved": change.detach().square().flatten(1).mean(1), **pulls}
+        # What is said of a whole latent is said of each of its frames.
+        parts = (-1, *[1] * sites)
+        if isinstance(penalty, Tensor):
+            penalty = penalty.reshape(parts)
+        said = {"moved": change.detach().square().flatten(1).mean(1), **pulls}
+        measures = {"error": good.detach()} | {n: m.reshape(parts).expand_as(good) for n, m in said.items()}
         return summed(loss, penalty, batch.weight), measures

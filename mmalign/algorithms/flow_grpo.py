@@ -10,6 +10,9 @@ kl > 0.
 Differs from the paper in that the KL is the exact one of the Gaussian steps. The public code at one time left
 the step length out of it; `kl_form: per_step` is that form, and `mmalign.objectives.conversion` the factor
 between the two.
+
+`frames` is ours, for video: a step's log-probability is kept for each frame of the latent, a mean over its
+places, and each frame has its own ratio and advantage.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from mmalign.credit import Credit, zscore, zscore_batch
+from mmalign.credit import Credit, by_frames, zscore, zscore_batch
 from mmalign.objectives import REFERENCE, ClippedRatio, KLForm
 from mmalign.plans import every_step
 from mmalign.sde import Noise
@@ -37,6 +40,7 @@ class FlowGRPO:
     std: Literal["batch", "group"] = "batch"  # whose standard deviation scales the advantage
     unbiased: bool = False  # divide the variance by n - 1 rather than n
     advantage_clip: float = 5.0  # bound on the advantage
+    frames: bool = False  # of a video: each frame earns its own advantage, by rewards that judge frames apart
     noise: Noise = field(default_factory=lambda: Noise("flow", 0.7))
 
     def __post_init__(self) -> None:
@@ -47,7 +51,10 @@ class FlowGRPO:
         normalize = partial(zscore_batch if self.std == "batch" else zscore, unbiased=self.unbiased)
         return Algorithm(
             plans=every_step(self.steps),
-            credit=Credit(weights, normalize, "total_first", "whole", clip=self.advantage_clip),
+            credit=by_frames(weights, normalize, self.advantage_clip)
+            if self.frames
+            else Credit(weights, normalize, "total_first", "whole", clip=self.advantage_clip),
+            split="frames" if self.frames else "whole",
             objective=ClippedRatio(self.clip, self.clip, self.kl, self.kl_form),
             noise=self.noise,
             copies={REFERENCE: 1.0} if self.kl else {},

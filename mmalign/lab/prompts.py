@@ -9,6 +9,7 @@ import sys
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
+from mmalign.lab.clips import list_clip_prompts
 from mmalign.lab.grammar import parse, write_prompt
 from mmalign.lab.tasks import CATEGORIES, MIX, sample_task
 
@@ -18,6 +19,7 @@ TEACHERS = {
     "scenes": ("two_objects", "position", "attribute_binding"),
 }
 TRAIN, HELD_OUT, VALIDATION = 2000, 105, 105
+VIDEO_TRAIN, VIDEO_HELD_OUT = 800, 100
 PATIENCE = 400  # draws without a new prompt after which a category is taken to be exhausted
 
 
@@ -77,13 +79,18 @@ def teacher_of(prompt: str) -> str:
 def write_lists(folder: Path) -> None:
     """Writes train.txt, validation.txt and heldout.txt, a prompt on each line; `parse` recovers its task.
 
-    Also the training prompts with their teachers (train_taught.jsonl), and the held-out ones that are each
-    teacher's (heldout_things.txt).
+    Those of clips begin with video_. Also the training prompts with their teachers (train_taught.jsonl), and
+    the held-out ones that are each teacher's (heldout_things.txt).
     """
     folder.mkdir(parents=True, exist_ok=True)
     lists = {"train": train_prompts(), "validation": validation_prompts(), "heldout": held_out_prompts()}
     for name, prompts in lists.items():
         write_lines(folder / f"{name}.txt", prompts)
+    # Clips: what trains, what settings are chosen by, what is held out.
+    known = list_clip_prompts(VIDEO_TRAIN + VIDEO_HELD_OUT, "train")
+    write_lines(folder / "video_train.txt", known[:VIDEO_TRAIN])
+    write_lines(folder / "video_validation.txt", known[VIDEO_TRAIN:])
+    write_lines(folder / "video_heldout.txt", list_clip_prompts(VIDEO_HELD_OUT, "heldout"))
     for teacher in TEACHERS:
         own = [prompt for prompt in lists["heldout"] if teacher_of(prompt) == teacher]
         write_lines(folder / f"heldout_{teacher}.txt", own)

@@ -34,12 +34,12 @@ def fresh() -> dict[tuple[object, ...], SD3]:
 
 @pytest.fixture
 def make(tiny, fresh):
-    """`make(noise, kind=..., by_site=..., chunk=..., folder=..., **settings)`: a policy over the tiny model.
+    """`make(noise, kind=..., split=..., chunk=..., folder=..., **settings)`: a policy over the tiny model.
 
     What was read from disk once is copied, which is faster than reading it again.
     """
 
-    def build(noise=None, *, kind=FlowPolicy, folder=tiny, by_site=False, chunk=64, seed=0, **settings):
+    def build(noise=None, *, kind=FlowPolicy, folder=tiny, split="whole", chunk=64, seed=0, **settings):
         settings = {"max_sequence_length": 12, "lora": LoraSettings(rank=4, alpha=6)} | settings
         policy, noise = PolicySettings(str(folder), **settings), noise or Noise()
         read = (policy.model, policy.precision, policy.lora.rank == 0, policy.leave_out)
@@ -47,7 +47,7 @@ def make(tiny, fresh):
             fresh[read] = SD3(policy)
         adapter = copy.deepcopy(fresh[read])
         adapter.max_sequence_length = policy.max_sequence_length
-        return kind(adapter, policy, noise, by_site=by_site, chunk=chunk, seed=seed)
+        return kind(adapter, policy, noise, split=split, chunk=chunk, seed=seed)
 
     return build
 

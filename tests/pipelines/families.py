@@ -27,6 +27,7 @@ class Row:
     takes a picture for each prompt, and else the same for all. negative: it takes a negative prompt.
     true_guidance: it has another than what the network is told. takes_length: it takes a
     max_sequence_length. loads_lora: it can load a LoRA, and not just its denoiser.
+    prepare: what is set in the plain pipeline before a call.
     """
 
     build: Callable[[], Any]
@@ -42,6 +43,7 @@ class Row:
     true_guidance: bool = True
     takes_length: bool = True
     loads_lora: bool = True
+    prepare: Callable[[Any, PolicySettings], None] = lambda pipeline, settings: None
 
     def load_lora(self, pipeline: Any, folder: Path) -> None:
         """As a user of plain diffusers does it."""
@@ -51,7 +53,8 @@ class Row:
             if (folder / second).is_file():
                 pipeline.load_lora_weights(folder, weight_name=second, load_into_transformer_2=True)
         else:
-            pipeline.transformer.load_lora_adapter(folder, prefix="transformer")
+            file = "pytorch_lora_weights.safetensors"
+            pipeline.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=file)
 
     def unload_lora(self, pipeline: Any) -> None:
         for name in ("transformer", "transformer_2"):
@@ -421,6 +424,60 @@ def call_hunyuan(settings: PolicySettings) -> dict[str, Any]:
     return {"true_cfg_scale": settings.guidance, "guidance_scale": 6.0}
 
 
+def hunyuan_video15() -> Any:
+    from diffusers import (
+        AutoencoderKLHunyuanVideo15,
+        HunyuanVideo15Pipeline,
+        HunyuanVideo15Transformer3DModel,
+    )
+    from diffusers.guiders import ClassifierFreeGuidance
+    from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+
+    tokens, letters = words_tokenizer(), ByT5Tokenizer()
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = Qwen2_5_VLTextConfig(
+        vocab_size=len(tokens), rope_parameters=rope, **SMALL | {"num_hidden_layers": 3}
+    )
+    return HunyuanVideo15Pipeline(
+        transformer=HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=16,
+            text_embed_2_dim=32,
+            image_embed_dim=12,
+            rope_axes_dim=(2, 2, 12),
+            target_size=64,
+            task_type="t2v",
+        ),
+        scheduler=flow(shift=7.0),
+        vae=AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(16, 16, 16),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=2,
+            downsample_match_channel=False,
+            upsample_match_channel=False,
+            scaling_factor=0.8,
+        ),
+        text_encoder=Qwen2_5_VLTextModel(config),
+        tokenizer=tokens,
+        text_encoder_2=t5(letters),
+        tokenizer_2=letters,
+        guider=ClassifierFreeGuidance(guidance_scale=6.0),
+    )
+
+
+def set_guider(pipeline: Any, settings: PolicySettings) -> None:
+    pipeline.guider = pipeline.guider.new(guidance_scale=settings.guidance)
+
+
 # ---- FLUX.2
 
 
@@ -480,6 +537,174 @@ def flux2(kind: str = "Flux2Pipeline") -> Any:
     )
 
 
+# ---- LTX-Video
+
+
+def ltx() -> Any:
+    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+
+    tokens = _t5_tokenizer()
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1, 1, 1, 1),
+        patch_size=1,
+        scaling_factor=0.8,
+    )
+    vae.latents_mean.copy_(vae.latents_mean.new_tensor([0.1, -0.2, 0.3, 0.0]))
+    vae.latents_std.copy_(vae.latents_std.new_tensor([1.2, 0.8, 1.0, 1.5]))
+    return LTXPipeline(
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            num_layers=1,
+            caption_channels=32,
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1),
+        vae=vae,
+        text_encoder=t5(tokens),
+        tokenizer=tokens,
+    )
+
+
+def by_token(x: Tensor) -> Tensor:
+    """Latents [n, C, *place] as tokens [n, places, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+# ---- Lumina 2, AuraFlow, Sana, CogView4
+
+
+def gemma(tokens: Any) -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(Gemma2Config(vocab_size=len(tokens), head_dim=8, pad_token_id=0, **SMALL))
+
+
+def lumina2() -> Any:
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    tokens = words_tokenizer()
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=1,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=2,
+            axes_dim_rope=(4, 4, 4),
+            axes_lens=(512, 64, 64),
+            cap_feat_dim=16,
+        ),
+        scheduler=flow(shift=6.0),
+        vae=image_vae(),
+        text_encoder=gemma(tokens),
+        tokenizer=tokens,
+    )
+
+
+def aura_flow() -> Any:
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel
+
+    tokens = _t5_tokenizer()
+    return AuraFlowPipeline(
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=8,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pos_embed_max_size=256,
+        ),
+        scheduler=flow(shift=1.73),
+        vae=image_vae(shift_factor=None),
+        text_encoder=t5(tokens, "UMT5EncoderModel"),
+        tokenizer=tokens,
+    )
+
+
+def sana() -> Any:
+    from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+
+    tokens = words_tokenizer()
+    return SanaPipeline(
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+            sample_size=32,
+        ),
+        scheduler=flow(shift=3.0),
+        vae=AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            encoder_qkv_multiscales=((), (), (5,)),
+            decoder_qkv_multiscales=((), (), (5,)),
+            scaling_factor=0.4,
+        ),
+        text_encoder=gemma(tokens),
+        tokenizer=tokens,
+    )
+
+
+def cogview4() -> Any:
+    from diffusers import CogView4Pipeline, CogView4Transformer2DModel
+    from tokenizers.processors import TemplateProcessing
+    from transformers import GlmConfig, GlmModel
+
+    tokens = words_tokenizer(padding_side="left")
+    mark = "<|im_start|>"  # GLM's texts begin with marks, so that none is empty
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{mark} $A", special_tokens=[(mark, tokens.convert_tokens_to_ids(mark))]
+    )
+    return CogView4Pipeline(
+        transformer=CogView4Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=16,
+            time_embed_dim=8,
+            condition_dim=4,
+            pos_embed_max_size=128,
+            sample_size=8,
+            rope_axes_dim=(4, 4),
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"),
+        vae=image_vae(shift_factor=None),
+        text_encoder=GlmModel(GlmConfig(vocab_size=len(tokens), head_dim=8, pad_token_id=0, **SMALL)),
+        tokenizer=tokens,
+    )
+
+
 FAMILIES = {
     "FluxPipeline": Row(flux, call_flux, latents=pack),
     "FluxPipeline without guidance": Row(lambda: flux(guidance=False), call_flux, latents=pack),
@@ -507,7 +732,23 @@ FAMILIES = {
     "WanImageToVideoPipeline A14B": Row(
         lambda: wan("WanImageToVideoPipeline", 6, experts=True), call_scale, frames=5, sources=1
     ),
+    "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
+    "Lumina2Pipeline": Row(lumina2, call_scale, {"max_sequence_length": 200}),
+    "AuraFlowPipeline": Row(aura_flow, call_scale),
+    "SanaPipeline": Row(
+        sana, lambda s: {"guidance_scale": s.guidance, "use_resolution_binning": False}, size=(32, 64)
+    ),
+    "CogView4Pipeline": Row(cogview4, call_scale, {"max_sequence_length": 40}),
     "HunyuanVideoPipeline": Row(hunyuan_video, call_hunyuan, {"max_sequence_length": 512}, frames=5),
+    "HunyuanVideo15Pipeline": Row(
+        hunyuan_video15,
+        lambda s: {},
+        frames=5,
+        one_by_one=True,  # its autoencoder decodes one video at a time
+        takes_length=False,
+        loads_lora=False,
+        prepare=set_guider,
+    ),
     "Flux2Pipeline": Row(
         flux2,
         lambda s: {"guidance_scale": s.embedded_guidance},

@@ -119,6 +119,7 @@ def prompts_for(row: Row, files: list[str]):
 def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
     """What the plain pipeline makes of the same texts and the same noise."""
     settings, prompts = policy.settings, prompts_for(row, files)
+    row.prepare(plain, settings)
     high, wide = row.size
     pictures = [Image.open(file) for file in files]
     call = {"height": high, "width": wide, "num_inference_steps": STEPS, "output_type": "pt"}

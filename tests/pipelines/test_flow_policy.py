@@ -57,7 +57,7 @@ def stir(policy, scale=0.1) -> None:
         (SHARED, Noise("dance", 0.3), {"guidance": 3.0, "negative_prompt": "a dog"}),
         (Plan(6, (0, 2), True, (1, 2)), Noise("cps", 0.8), {"lora": LoraSettings(0)}),
         (Plan(5, (0, 1, 2, 3)), Noise("cps", 0.8, density="unscaled"), {"gradient_checkpointing": True}),
-        (SHARED, Noise("flow", 0.7, reduction="mean"), {"by_site": True, "height": 16, "width": 24}),
+        (SHARED, Noise("flow", 0.7, reduction="mean"), {"split": "places", "height": 16, "width": 24}),
         (Plan(4), Noise(), {}),
         (SINGULAR, Noise(), {"guidance": 2.0}),
         (TREE, Noise("dance", 0.3), {}),
@@ -618,12 +618,12 @@ def test_what_cannot_be_placed_is_named(shared_policy, prompts):
     spans = Spans(torch.zeros(6, 1, dtype=torch.int64), torch.ones(6, 1, dtype=torch.int64))
     with pytest.raises(TypeError, match="flow policy cannot place Spans on its denoising steps"):
         shared_policy.locate(spans, trajectory)
-    with pytest.raises(TypeError, match=r"cannot place Masks .* with by_site=True"):
+    with pytest.raises(TypeError, match=r"cannot place Masks .* where they are split, Masks"):
         shared_policy.locate(Masks(torch.ones(6, 1, 1, 8, 8)), trajectory)
 
 
 def test_masks_lie_on_the_latent_by_area(make, prompts):
-    policy = make(by_site=True, height=16, width=24)
+    policy = make(split="places", height=16, width=24)
     trajectory = policy.sample(prompts, WINDOW, KEY)
     assert trajectory.log_prob.shape == (6, 3, 4, 6)
     mask = torch.zeros(6, 2, 1, 16, 24)
@@ -641,6 +641,6 @@ def test_masks_lie_on_the_latent_by_area(make, prompts):
 
 
 def test_log_prob_by_place_is_the_same_log_prob(make, prompts):
-    whole, by_site = (make(by_site=flag).sample(prompts, WINDOW, KEY) for flag in (False, True))
+    whole, by_site = (make(split=split).sample(prompts, WINDOW, KEY) for split in ("whole", "places"))
     assert torch.equal(whole.outcome.media, by_site.outcome.media)
     assert_close(by_site.log_prob.mean((2, 3)), whole.log_prob)

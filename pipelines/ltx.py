@@ -1,0 +1,72 @@
+"""LTX-Video, text to video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.contracts import PolicySettings
+from mmalign.pipelines.family import Standardized, VideoFamily
+from mmalign.pipelines.flow import Condition
+
+FRAME_RATE = 25  # of a call of the pipeline; places in time are counted in seconds
+
+
+class LTX(Standardized, VideoFamily):
+    """Adapter of `LTXPipeline`: latents are tokens, one a place, and masked texts.
+
+    A decoder that is conditioned on a time (0.9.1 and later) is given clean latents at time 0.
+    """
+
+    kind = "LTXPipeline"
+    patch = 1
+
+    def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
+        super().__init__(settings, pipeline)
+        if (self.config.patch_size, self.config.patch_size_t) != (1, 1):
+            raise ValueError("an LTXPipeline is known with patches of one place, as its models have them")
+
+    @property
+    def scale(self) -> int:
+        return int(self.pipeline.vae_spatial_compression_ratio)
+
+    @property
+    def temporal(self) -> int:
+        return int(self.pipeline.vae_temporal_compression_ratio)
+
+    def encode(self, text: str) -> Condition:
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            [text],
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )
+        return {"embeds": embeds[0], "mask": mask[0]}
+
+    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        frames, high, wide = x.shape[2:]
+        velocity: Tensor = network(
+            hidden_states=x.flatten(2).transpose(1, 2).to(condition["embeds"].dtype),
+            encoder_hidden_states=condition["embeds"],
+            timestep=sigma * 1000,
+            encoder_attention_mask=condition["mask"],
+            num_frames=frames,
+            height=high,
+            width=wide,
+            rope_interpolation_scale=(self.temporal / FRAME_RATE, self.scale, self.scale),
+            return_dict=False,
+        )[0]
+        return velocity.transpose(1, 2).reshape(x.shape)
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        vae = self.pipeline.vae
+        mean, std = (m.to(like).reshape(1, -1, 1, 1, 1) for m in (vae.latents_mean, vae.latents_std))
+        return mean, std / vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        time = torch.zeros(len(latents), device=latents.device) if vae.config.timestep_conditioning else None
+        media: Tensor = vae.decode(self.to_vae(latents), time, return_dict=False)[0]
+        return (media / 2 + 0.5).clamp(0, 1).transpose(1, 2)
