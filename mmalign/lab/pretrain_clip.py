@@ -13,7 +13,7 @@ from torch import Tensor
 from mmalign.lab import grammar
 from mmalign.lab.clip import CLIP, END, PAD, START, UNKNOWN, CLIPSize, vocabulary_of
 from mmalign.lab.pretrain_data import Styled, draw_styled
-from mmalign.lab.pretrain_loop import Schedule, Stage, keyed
+from mmalign.lab.pretrain_loop import Schedule, Stage, keyed, split_optimizers
 from mmalign.lab.render import STYLES
 from mmalign.lab.scenes import COLORS, LETTERS, SHAPES
 
@@ -25,9 +25,9 @@ NOISE = 0.05  # largest standard deviation of the noise on training pictures
 class ClipTraining:
     """What is trained and for how long; see assets/lab/README.md for times and scores."""
 
-    scenes: int = 40_000  # drawn for training
-    steps: int = 1600
-    batch: int = 256  # pictures that each text is told apart from; raise it for finer distinctions
+    scenes: int = 24_000  # drawn for training
+    steps: int = 500
+    batch: int = 128  # pictures that each text is told apart from; raise it for finer distinctions
     lr: float = 1e-3
     weight_decay: float = 0.05
     precision: str = "bf16"  # of the towers; fp32 where the processor does not compute in bf16
@@ -100,17 +100,9 @@ def train_clip(config: ClipTraining, out: Path) -> dict[str, Any]:
             "scale": scale.item(),
         }
 
-    matrices = [p for p in clip.parameters() if p.ndim > 1]
-    rest = [p for p in clip.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, config.lr, (0.9, 0.98))
-    schedule = Schedule(config.steps, warmup=min(100, config.steps), decay=config.steps // 2)
-    Stage(
-        "clip", out, {"clip": clip}, [optimizer], schedule, loss, config.seed, 0.99, config.save_every
-    ).run()
+    optimizers = split_optimizers({"clip": clip}, config.lr, config.weight_decay)
+    schedule = Schedule(config.steps, warmup=min(50, config.steps), decay=config.steps // 2)
+    Stage("clip", out, {"clip": clip}, optimizers, schedule, loss, config.seed, 0.99, config.save_every).run()
     folder = out / "clip"
     clip.save(folder)
     write_tokenizer(list(clip.words), config.size.context, folder)

@@ -1,10 +1,11 @@
 """Trains the lab's vision transformer on pictures alone, by self-distillation: DINO.
 
-    loss = mean over views v != u of  H( softmax((t(u) - c) / tau_t),  softmax(s(v) / tau_s) )
+    loss = mean over views v != u of  H( SK(t(u) / tau_t),  softmax(s(v) / tau_s) )
 
-t, the teacher, is the moving average of the student s, and sees the two large crops only; c is the moving
-mean of its outputs (Caron et al. 2021, arXiv:2104.14294). We differ in the views: colors and sides tell things
-apart in the lab, so crops are neither flipped nor recolored.
+t, the teacher, is the moving average of the student s, and sees the two large crops only (Caron et al. 2021,
+arXiv:2104.14294); SK makes its outputs use all prototypes alike, by Sinkhorn-Knopp in place of a moving
+center (as DINOv2, arXiv:2304.07193). We differ in the views: colors and sides tell things apart in the lab,
+so crops are neither flipped nor recolored.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from torch.nn.functional import affine_grid, grid_sample, normalize
 
 from mmalign.lab.pretrain_clip import as_floats
 from mmalign.lab.pretrain_data import Styled, draw_styled
-from mmalign.lab.pretrain_loop import Schedule, Stage
+from mmalign.lab.pretrain_loop import Schedule, Stage, split_optimizers
 from mmalign.lab.vit import ViT, ViTSize, normalized
 
 LARGE, SMALL = (0.7, 1.0), (0.35, 0.6)  # side of a crop as a share of the picture's
 SMALL_PIXELS = 32
-STUDENT, COLD, WARM, WARMING = 0.1, 0.04, 0.06, 300  # temperatures; steps over which the teacher's rises
-CENTER = 0.9  # share of the center that stays in a step
+STUDENT, COLD, WARM, WARMING = 0.1, 0.04, 0.06, 150  # temperatures; steps over which the teacher's rises
+ROUNDS = 3  # of Sinkhorn-Knopp
 DAMAGED = 0.3  # share of training pictures that are damaged, so that damage is something to see
 
 
@@ -35,11 +36,11 @@ DAMAGED = 0.3  # share of training pictures that are damaged, so that damage is 
 class DinoTraining:
     """What is trained and for how long; see assets/lab/README.md for times and scores."""
 
-    scenes: int = 40_000  # drawn for training
-    steps: int = 1600
-    batch: int = 96
-    locals: int = 4  # small crops of each picture
-    prototypes: int = 512
+    scenes: int = 12_000  # drawn for training
+    steps: int = 500
+    batch: int = 64
+    locals: int = 2  # small crops of each picture
+    prototypes: int = 256
     lr: float = 1e-3
     weight_decay: float = 0.04
     momentum: float = 0.99  # of the teacher; raise it for longer trainings
@@ -50,9 +51,7 @@ class DinoTraining:
 
 
 class Head(nn.Module):
-    """From a class token to scores of prototypes; its center is part of its state."""
-
-    center: Tensor
+    """From a class token to scores of prototypes, cosines."""
 
     def __init__(self, width: int, prototypes: int, hidden: int = 256, bottleneck: int = 64) -> None:
         super().__init__()
@@ -64,20 +63,27 @@ class Head(nn.Module):
             nn.Linear(hidden, bottleneck),
         )
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
-        self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(self, token: Tensor) -> Tensor:
         return normalize(self.mlp(token), dim=-1) @ normalize(self.prototypes, dim=-1).T
 
 
-def distill(student: Tensor, teacher: Tensor, center: Tensor, temperature: float) -> Tensor:
+def balanced(scores: Tensor, temperature: float) -> Tensor:
+    """Shares of prototypes for each row, [N, K] from [N, K]; over the batch all prototypes get alike much."""
+    share = ((scores - scores.max()) / temperature).exp()
+    for _ in range(ROUNDS):
+        share = share / share.sum(0, keepdim=True)
+        share = share / share.sum(1, keepdim=True)
+    return share
+
+
+def distill(student: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy of every view of the student to every large one of the teacher, itself left out.
 
-    student: [V, B, K], the large views first. teacher: [T, B, K] of the large views. center: [K].
+    student: scores [V, B, K], the large views first. target: shares [T, B, K] of the large views.
     """
-    target = ((teacher - center) / temperature).softmax(-1)
     log_prob = (student / STUDENT).log_softmax(-1)
-    pairs = [(u, v) for u in range(len(teacher)) for v in range(len(student)) if u != v]
+    pairs = [(u, v) for u in range(len(target)) for v in range(len(student)) if u != v]
     return torch.stack([-(target[u] * log_prob[v]).sum(-1).mean() for u, v in pairs]).mean()
 
 
@@ -114,24 +120,19 @@ def train_dino(config: DinoTraining, out: Path) -> dict[str, Any]:
                 taught = functional_call(vit, of(stage, "vit"), (large,))[0].float()
         student = head(tokens).reshape(2 + config.locals, config.batch, -1)
         with torch.no_grad():
-            teacher = functional_call(head, of(stage, "head"), (taught,)).reshape(2, config.batch, -1)
-        temperature = COLD + (WARM - COLD) * min(1.0, step / WARMING)
-        value = distill(student, teacher, head.center, temperature)
-        mean = ((teacher - head.center) / temperature).softmax(-1).mean((0, 1))
-        head.center.lerp_(teacher.mean((0, 1)), 1 - CENTER)
-        # exp of the entropy: how many prototypes are in use; 1 is collapse.
-        used = torch.special.entr(mean).sum().exp()
-        return value, {"used": used.item()}
+            teacher = functional_call(head, of(stage, "head"), (taught,))
+            temperature = COLD + (WARM - COLD) * min(1.0, step / WARMING)
+            target = balanced(teacher, temperature).reshape(2, config.batch, -1)
+            # exp of entropies: how many prototypes the student uses in all (1 is collapse), and per picture.
+            said = (student[:2] / STUDENT).softmax(-1)
+            used = torch.special.entr(said.mean((0, 1))).sum().exp()
+            each = torch.special.entr(said).sum(-1).mean().exp()
+        return distill(student, target), {"used": used.item(), "each": each.item()}
 
-    optimizer = torch.optim.AdamW(
-        [p for module in modules.values() for p in module.parameters()],
-        config.lr,
-        (0.9, 0.99),
-        weight_decay=config.weight_decay,
-    )
-    schedule = Schedule(config.steps, warmup=min(100, config.steps), decay=config.steps // 2)
+    optimizers = split_optimizers(modules, config.lr, config.weight_decay)
+    schedule = Schedule(config.steps, warmup=min(50, config.steps), decay=config.steps // 2)
     stage = Stage(
-        "dino", out, modules, [optimizer], schedule, loss, config.seed, config.momentum, config.save_every
+        "dino", out, modules, optimizers, schedule, loss, config.seed, config.momentum, config.save_every
     )
     stage.run()
     vit.save(out / "dino")

@@ -26,9 +26,9 @@ class ViTSize:
 
     img_size: int = 64
     patch_size: int = 8
-    embed_dim: int = 128
+    embed_dim: int = 96
     depth: int = 4
-    num_heads: int = 4
+    num_heads: int = 3
     mlp_ratio: float = 4.0
 
 

@@ -17,16 +17,20 @@ def test_damage_is_visible_where_its_mask_says_and_nowhere_else(kind, size):
     clean = picture(size)
     found = corrupt(clean, kind, np.random.default_rng(0), strength=0.7)
     change = np.abs(found.picture - clean).max(-1)
-    assert found.mask.shape == (size, size) and found.mask.mean() >= LEAST
-    assert (change[found.mask] > VISIBLE).all() and (change[~found.mask] <= VISIBLE).all()
-    assert found.picture.min() >= 0 and found.picture.max() <= 1
+    assert found.mask.shape == (size, size)
+    assert found.mask.mean() >= LEAST
+    assert (change[found.mask] > VISIBLE).all()
+    assert (change[~found.mask] <= VISIBLE).all()
+    assert found.picture.min() >= 0
+    assert found.picture.max() <= 1
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_damage_is_drawn_from_the_generator_alone_and_spares_the_original(kind):
     clean, before = picture(), picture()
     one, other = (corrupt(clean, kind, np.random.default_rng(3)).picture for _ in range(2))
-    assert (one == other).all() and (clean == before).all()
+    assert (one == other).all()
+    assert (clean == before).all()
     assert (one != corrupt(clean, kind, np.random.default_rng(4)).picture).any()
 
 
@@ -40,7 +44,8 @@ def test_more_strength_is_more_damage_on_average(kind):
 
 
 def test_kinds_are_either_trained_on_or_only_tested():
-    assert set(SEEN) | set(UNSEEN) == set(CORRUPTIONS) and not set(SEEN) & set(UNSEEN)
+    assert set(SEEN) | set(UNSEEN) == set(CORRUPTIONS)
+    assert not set(SEEN) & set(UNSEEN)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from mmalign.lab.pretrain_dino import (
     STUDENT,
     DinoTraining,
     Head,
+    balanced,
     crops,
     distill,
     knn_accuracy,
@@ -152,7 +153,8 @@ def test_the_saved_tokenizer_cuts_texts_as_clip_does(tmp_path: Path):
     texts = [*held_out_prompts(), "a red circle, outlined", "a purple elephant"]
     found = tokenizer(texts, padding="max_length", max_length=24, truncation=True, return_tensors="pt")
     assert (found["input_ids"] == clip.ids(texts)).all()
-    assert clip.words[END] == len(clip.words) - 1 and set(vocabulary()) <= set(clip.words)
+    assert clip.words[END] == len(clip.words) - 1
+    assert set(vocabulary()) <= set(clip.words)
 
 
 def test_what_follows_the_end_of_a_text_changes_nothing():
@@ -179,7 +181,8 @@ def test_a_changed_word_makes_another_prompt():
     generator = keyed(0, "changed", 0)
     for prompt in held_out_prompts():
         changed = change_word(prompt, generator)
-        assert changed != prompt and len(changed.split()) == len(prompt.split())
+        assert changed != prompt
+        assert len(changed.split()) == len(prompt.split())
 
 
 def test_held_out_pictures_have_different_prompts():
@@ -189,12 +192,21 @@ def test_held_out_pictures_have_different_prompts():
 
 
 def test_distillation_is_the_cross_entropy_over_pairs_of_views():
-    student, teacher, center = torch.randn(3, 2, 5), torch.randn(2, 2, 5), torch.randn(5)
+    student, target = torch.randn(3, 2, 5), torch.randn(2, 2, 5).softmax(-1)
     terms = []
     for u in range(2):
-        target = ((teacher[u] - center) / 0.05).softmax(-1)
-        terms += [cross_entropy(student[v] / STUDENT, target) for v in range(3) if v != u]
-    assert_close(distill(student, teacher, center, 0.05), torch.stack(terms).mean())
+        terms += [cross_entropy(student[v] / STUDENT, target[u]) for v in range(3) if v != u]
+    assert_close(distill(student, target), torch.stack(terms).mean())
+
+
+def test_the_teacher_uses_all_prototypes_alike_and_keeps_what_is_nearest():
+    scores = torch.cat([torch.eye(6), torch.eye(6)]) + torch.tensor(
+        [0.5, 0, 0, 0, 0, 0]
+    )  # all near the first
+    share = balanced(scores, 0.05)
+    assert_close(share.sum(1), torch.ones(12))
+    assert_close(share.sum(0), torch.full((6,), 2.0), atol=1e-3, rtol=0)
+    assert share.argmax(1).tolist() == [*range(6), *range(6)]
 
 
 def test_a_whole_crop_is_the_picture_and_a_part_lies_inside():
@@ -204,13 +216,15 @@ def test_a_whole_crop_is_the_picture_and_a_part_lies_inside():
     inside = torch.zeros(8, 3, 64, 64)
     inside[:, :, 16:48, 16:48] = 1
     part = crops(inside, (0.4, 0.4), 32, keyed(0, "crop", 1))
-    assert part.shape == (8, 3, 32, 32) and part.mean() > 0.25
+    assert part.shape == (8, 3, 32, 32)
+    assert part.mean() > 0.25
 
 
 def test_prototypes_are_compared_by_direction():
     head = Head(4, 6)
     scores = head(torch.randn(3, 4))
-    assert scores.shape == (3, 6) and scores.abs().max() <= 1 + 1e-6
+    assert scores.shape == (3, 6)
+    assert scores.abs().max() <= 1 + 1e-6
 
 
 def test_nearest_neighbors_vote_and_rows_without_a_label_are_left_out():
@@ -249,8 +263,10 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(which, tmp_pa
     one, other = (
         torch.load(tmp_path / name / f"{which}.pt", weights_only=True) for name in ("whole", "parts")
     )
-    assert stopped == [2, 4] and one["step"] == other["step"] == 4
+    assert stopped == [2, 4]
+    assert one["step"] == other["step"] == 4
     assert_close(other["modules"], one["modules"], rtol=0, atol=0)
     assert_close(other["average"], one["average"], rtol=0, atol=0)
     losses = [json.loads(row)["loss"] for row in (tmp_path / "whole" / f"{which}.jsonl").open()]
-    assert len(losses) == 4 and any(a != b for a, b in pairwise(losses))
+    assert len(losses) == 4
+    assert any(a != b for a, b in pairwise(losses))
