@@ -102,12 +102,16 @@ def train_detector(
     held, rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
     sides = rows[data.artifact[rows]], rows[~data.artifact[rows]]
     device = detector.mix.device
-    detector.network.requires_grad_(not frozen)
+    detector.requires_grad_(True).network.requires_grad_(not frozen)
     learned = [p for p in detector.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr, weight_decay=0.02)
+    matrices, rest = ([p for p in learned if (p.ndim == 2) is flat] for flat in (True, False))
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr, weight_decay=0.0),
+    ]
     detector.train()
     for step in range(steps):
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * min(1.0, (step + 1) / 50, 2 * (steps - step) / steps)
         picked = torch.cat(
             [side[torch.randint(len(side), (batch // 2,), generator=generator)] for side in sides]
@@ -120,10 +124,11 @@ def train_detector(
         damaged = places_of(masks, detector.rows).to(device)
         known = data.located[picked].to(device)
         loss = cross_entropy(whole, wanted) + cross_entropy(places[known], damaged[known])
-        optimizer.zero_grad(set_to_none=True)
+        detector.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         right = ((whole > 0) == (wanted > 0)).float().mean().item()
         log({"step": step + 1, "loss": loss.item(), "right": right})
     detector.eval().requires_grad_(False)

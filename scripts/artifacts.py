@@ -60,7 +60,9 @@ def arguments() -> argparse.Namespace:
     part.add_argument("--seed", type=int, default=0)
     part = commands.add_parser("train", help="a detector")
     part.add_argument("--data", type=Path, required=True, help="what `make` wrote, or labels of your own")
-    part.add_argument("--tower", required=True, help="folder or hub id of an image model, assets/lab/dino")
+    start = part.add_mutually_exclusive_group(required=True)
+    start.add_argument("--tower", help="folder or hub id of an image model, assets/lab/dino")
+    start.add_argument("--start", help="detector that is trained further")
     part.add_argument("--out", type=Path, required=True, help="folder of the detector")
     part.add_argument("--steps", type=int, default=1000)
     part.add_argument("--batch", type=int, default=64)
@@ -140,7 +142,8 @@ def train(options: argparse.Namespace) -> None:
         bar.set_postfix({key: f"{value:.3f}" for key, value in mean.items()}, refresh=False)
         bar.update()
 
-    detector = Detector(options.tower).to(options.device)
+    detector = Detector.load(options.start) if options.start else Detector(options.tower)
+    detector.to(options.device)
     settings = {key: getattr(options, key) for key in ("steps", "batch", "lr", "frozen", "precision", "seed")}
     train_detector(detector, data, **settings, log=log)
     bar.close()
