@@ -214,7 +214,9 @@ class PolicySettings:
     model: str
     height: int | None = None  # pixels; null: the model's own size
     width: int | None = None  # pixels; null: the model's own size
-    frames: int | None = None  # of a video; null: the model's own length
+    # Of a video that is drawn: its length, null: the model's own. Of one that a captioner reads: how many of
+    # its frames, evenly over its length; null: all of them.
+    frames: int | None = None
     guidance: float = 1.0  # classifier-free guidance in sampling and training; 1 is off and halves the cost
     negative_prompt: str = ""  # what guidance leads away from
     # What a guidance-distilled model (FLUX, HunyuanVideo) is told its guidance is, at no cost; null: what its

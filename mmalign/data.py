@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mmalign.pictures import missing
+from mmalign.pictures import missing, missing_video
 from mmalign.randomness import generator
 from mmalign.records import Prompts
 
@@ -52,7 +52,8 @@ def read_prompts(file: Path | str) -> list[Prompt]:
     """The prompts of a .txt file, one a line, or of a .jsonl file, one object with a "prompt" a line.
 
     An object may name a picture under "image", by its path from the folder of the file; a member of a zip is
-    `images.zip/0001.png`. An object with "chosen" and "rejected" is a pair of pictures, named likewise.
+    `images.zip/0001.png`. A "video" is named likewise: a folder of frames (with "fps"), a file, or a list of
+    frames. An object with "chosen" and "rejected" is a pair of pictures, named likewise.
     """
     path = Path(file)
     if path.suffix not in (".txt", ".jsonl"):
@@ -73,7 +74,8 @@ def read_prompts(file: Path | str) -> list[Prompt]:
 def _pictured(prompt: Prompt, path: Path, number: int) -> Prompt:
     """A prompt with the whole paths of the pictures that its line names from the folder of the file.
 
-    image: one that is asked about. source: one or several to edit, to begin a video with, or to refer to.
+    image, video: what is asked about; a video is a folder, a file, or a list of frames.
+    source: one or several to edit, to begin a video with, or to refer to.
     """
     extra = dict(prompt.extra)
     for key in ("image", "source"):
@@ -85,6 +87,14 @@ def _pictured(prompt: Prompt, path: Path, number: int) -> Prompt:
         for reason in filter(None, map(missing, whole)):
             raise PromptError(f"{path}, line {number}: {reason}")
         extra[key] = whole[0] if isinstance(named, str) else whole
+    video = extra.get("video")
+    if isinstance(video, str | list) and video:
+        frames = None if isinstance(video, str) else [str(path.parent / str(frame)) for frame in video]
+        place = str(path.parent / str(video)) if frames is None else frames
+        lacking = missing_video(place)
+        if lacking is not None:
+            raise PromptError(f"{path}, line {number}: {lacking}")
+        extra["video"] = place
     return Prompt(prompt.text, extra, prompt.members)
 
 

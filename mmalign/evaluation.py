@@ -24,7 +24,7 @@ from mmalign.contracts import Forwards, Key, Media, PairwiseReward, Reward, Rewa
 from mmalign.data import Prompt
 from mmalign.distances import Distances, Extract, compare, extracted
 from mmalign.grids import CELL, Panel, fit, from_pil
-from mmalign.pictures import open_picture
+from mmalign.pictures import still
 from mmalign.randomness import generator
 from mmalign.records import Outcome, Prompts
 from mmalign.scoring import judge as ask
@@ -381,7 +381,9 @@ def described(prompts: Prompts) -> Tensor:
     side = CELL
     sheet = torch.ones(len(prompts), 3, side, side)
     for row, extra in enumerate(prompts.extra):
-        picture = open_picture(str(extra["image"]))
+        picture = still(extra)
+        if picture is None:
+            continue
         picture.thumbnail((side, side))
         pixels = from_pil(fit(picture, side) if picture.width <= side // 2 else picture)[:, :side, :side]
         sheet[row, :, : pixels.shape[1], : pixels.shape[2]] = pixels

@@ -1,14 +1,85 @@
-"""Picture files, on the disk or inside a zip: `folder/images.zip/0001.png` is a member of an archive."""
+"""Picture files, on the disk or inside a zip: `folder/images.zip/0001.png` is a member of an archive.
+
+A video is a folder of frames (on the disk, or inside a zip), a list of frames, or one file.
+"""
 
 from __future__ import annotations
 
 import io
+import re
 import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL import Image
+
+
+STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FPS = 24.0  # of a video that does not say, as transformers has it
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Where a video lies: a folder of frames, a file, or the files of its frames in their order.
+
+    fps: frames a second; a file says its own.
+    """
+
+    place: str | tuple[str, ...]
+    fps: float = FPS
+
+
+def asked(extra: Mapping[str, object]) -> str | Clip | None:
+    """What a prompt asks about, by its "image" or "video"; None where it has neither."""
+    image, video, fps = extra.get("image"), extra.get("video"), extra.get("fps", FPS)
+    if isinstance(image, str):
+        return image
+    if not isinstance(video, str | list) or not isinstance(fps, int | float):
+        return None
+    return Clip(video if isinstance(video, str) else tuple(map(str, video)), float(fps))
+
+
+def frames_of(place: str | Sequence[str]) -> list[str] | None:
+    """The frames of a video in their order, 2 before 10; None where one file holds them all."""
+    if not isinstance(place, str):
+        return list(place)
+    archive, inside = _inside(Path(place))
+    if archive is not None:
+        with zipfile.ZipFile(archive) as opened:
+            start = inside.rstrip("/") + "/"
+            names = [str(archive / name) for name in opened.namelist() if name.startswith(start)]
+    elif Path(place).is_dir():
+        names = [str(path) for path in Path(place).iterdir()]
+    else:
+        return None
+    return sorted((n for n in names if n.lower().endswith(STILLS)), key=_counting)
+
+
+def missing_video(place: str | Sequence[str]) -> str | None:
+    """Why there is no such video, or None where there is one."""
+    frames = frames_of(place)
+    if frames is None:
+        return None if Path(str(place)).is_file() else f"there is no video {place}"
+    if not frames:
+        return f"the video {place} has no frames ({', '.join(STILLS)})"
+    return next(filter(None, map(missing, frames)), None)
+
+
+def still(extra: Mapping[str, object]) -> Image.Image | None:
+    """A picture of what a prompt asks about: a video's frame in the middle; None where that is not known."""
+    what = asked(extra)
+    if isinstance(what, str):
+        return open_picture(what)
+    frames = frames_of(what.place) if what is not None else None
+    return open_picture(frames[len(frames) // 2]) if frames else None
+
+
+def _counting(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by their value."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def missing(file: Path | str) -> str | None:

@@ -39,6 +39,12 @@ ADAPTERS = {
     "StableDiffusionPipeline": "mmalign.pipelines.sd:StableDiffusion",
     "StableDiffusionXLPipeline": "mmalign.pipelines.sd:StableDiffusionXL",
 }
+# `model_type` of config.json -> adapter, for models that have no token for a picture
+CAPTION_ADAPTERS = {
+    "blip": "mmalign.pipelines.encoder_decoder:PictureEncoder",
+    "florence2": "mmalign.pipelines.encoder_decoder:EncoderDecoder",
+    "git": "mmalign.pipelines.encoder_decoder:PicturePrefix",
+}
 CAPTIONER = "captioner"  # what a folder in transformers format holds
 
 
@@ -72,10 +78,13 @@ def load(
 
 def caption_adapter(settings: PolicySettings) -> CaptionAdapter:
     """The adapter over a model in transformers format."""
-    from mmalign.pipelines.vlm import VisionLanguage
+    from transformers import AutoConfig
 
     try:
-        return VisionLanguage(settings)
+        kind: str = AutoConfig.from_pretrained(settings.model).model_type
+        module, _, name = CAPTION_ADAPTERS.get(kind, "mmalign.pipelines.vlm:VisionLanguage").partition(":")
+        adapter: CaptionAdapter = getattr(importlib.import_module(module), name)(settings)
+        return adapter
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {settings.model} does not load as a captioner: {error}") from error
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from mmalign.contracts import Forwards, Key, PolicySettings, TextSettings
 from mmalign.copies import Copies
-from mmalign.pictures import open_picture
+from mmalign.pictures import Clip, asked, open_picture
 from mmalign.pipelines.flow import add_lora, take
+from mmalign.pipelines.videos import open_video
 from mmalign.randomness import generator
 from mmalign.records import (
     Evaluation,
@@ -72,7 +73,7 @@ class CaptionAdapter(Protocol):
     ends: Sequence[int]
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
-        """What the model reads of a prompt and a PIL picture; ValueError where the picture gets no place."""
+        """What the model reads of a prompt and a PIL picture or `Video`; ValueError where it has no place."""
         ...
 
     def prefix(self, network: nn.Module, inputs: Sequence[Inputs]) -> Prefix:
@@ -120,7 +121,7 @@ class CaptionPolicy:
         self.device, self.chunk = torch.device(device), chunk
         self.forwards = Forwards()
         self.cached_inputs = 1024  # pictures and prompts whose inputs are kept; raise it to hold all of a run
-        self._cache: OrderedDict[tuple[str, str], Inputs] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str | Clip], Inputs] = OrderedDict()
         self._network = cast(Any, adapter.model)
         self._network.requires_grad_(False).eval().to(self.device)
         if settings.lora.rank:
@@ -194,20 +195,19 @@ class CaptionPolicy:
         """What the network has read of each distinct prompt, and which of them each sample continues [B]."""
         named = []
         for text, extra in zip(prompts.text, prompts.extra, strict=True):
-            if not isinstance(extra.get("image"), str):
-                raise ValueError(f'prompt {text!r} names no picture: it needs a path under "image"')
-            named.append((text, str(extra["image"])))
+            named.append((text, _shown(text, extra)))
         numbered: dict[object, int] = {}
-        asked = named if self.text.share_prefix else list(enumerate(named))
-        place = [numbered.setdefault(name, len(numbered)) for name in asked]
+        wanted = named if self.text.share_prefix else list(enumerate(named))
+        place = [numbered.setdefault(name, len(numbered)) for name in wanted]
         distinct = [named[place.index(number)] for number in range(len(numbered))]
         prefix = self.adapter.prefix(self.module, [self._inputs(*name) for name in distinct])
         return prefix, torch.tensor(place, device=self.device)
 
-    def _inputs(self, prompt: str, file: str) -> Inputs:
-        name = (prompt, file)
+    def _inputs(self, prompt: str, shown: str | Clip) -> Inputs:
+        name = (prompt, shown)
         if name not in self._cache:
-            self._cache[name] = self.adapter.encode(prompt, open_picture(file))
+            seen = open_picture(shown) if isinstance(shown, str) else open_video(shown, self.settings.frames)
+            self._cache[name] = self.adapter.encode(prompt, seen)
             if len(self._cache) > self.cached_inputs:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(name)
@@ -294,8 +294,8 @@ class CaptionPolicy:
     @torch.no_grad()
     def check(self, prompts: Prompts) -> None:
         """Raise ValueError where the picture makes no difference to what the model would write."""
-        named = next(zip(prompts.text, prompts.extra, strict=True))
-        inputs = self._inputs(named[0], str(named[1].get("image")))
+        text, extra = next(zip(prompts.text, prompts.extra, strict=True))
+        inputs = self._inputs(text, _shown(text, extra))
         # Almost black: pictures of zeros stand for padding in some families.
         blind = {
             part: torch.full_like(tensor, 1e-3) if tensor.is_floating_point() else tensor
@@ -392,6 +392,14 @@ def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, in
         edges.append(max(edges[-1], known))
     inside = [min(max(edge - lead, 0), len(text)) for edge in edges]
     return text, list(pairwise(inside))
+
+
+def _shown(text: str, extra: Mapping[str, object]) -> str | Clip:
+    """The picture or video that a prompt asks about."""
+    found = asked(extra)
+    if found is None:
+        raise ValueError(f'prompt {text!r} names no picture: it needs a path under "image" or "video"')
+    return found
 
 
 def _grouped(group: Tensor) -> Tensor:

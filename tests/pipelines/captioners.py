@@ -39,7 +39,8 @@ WORDS = (
 )
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %} <image> {% else %} {{ part['text'] }} {% endif %}"
+    "{% if part['type'] == 'image' %} <image> {% elif part['type'] == 'video' %} <video> "
+    "{% else %} {{ part['text'] }} {% endif %}"
     "{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %} assistant {% endif %}"
 )
@@ -112,9 +113,9 @@ def tiny_llava(folder: Path) -> Path:
 # Other families, each with the processor of its own; they differ in what stands for a picture.
 
 
-def spoken(picture: str) -> str:
-    """A chat template in which these tokens stand for a picture."""
-    return TEMPLATE.replace("<image>", picture)
+def spoken(picture: str, video: str = "<video>") -> str:
+    """A chat template in which these tokens stand for a picture and for a video."""
+    return TEMPLATE.replace("<image>", picture).replace("<video>", video)
 
 
 def language(words: PreTrainedTokenizerFast, **more: Any) -> dict[str, Any]:
@@ -177,8 +178,12 @@ def qwen(kind: str) -> tuple[Any, Any, Any]:
     processor = getattr(T, f"{kind}Processor")(
         image_processor=T.Qwen2VLImageProcessor(min_pixels=16 * 16, max_pixels=48 * 48, **sizes),
         tokenizer=words,
-        video_processor=videos(**sizes),
-        chat_template=spoken("<|vision_start|> <|image_pad|> <|vision_end|>"),
+        video_processor=videos(
+            size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48}, cap_pixels_per_frame=False, **sizes
+        ),
+        chat_template=spoken(
+            *(f"<|vision_start|> <|{what}_pad|> <|vision_end|>" for what in ("image", "video"))
+        ),
     )
     return getattr(T, f"{kind}ForConditionalGeneration"), config, processor
 
@@ -318,18 +323,105 @@ FAMILIES = {
 }
 
 
+# Families without a token for a picture.
+
+
+def blip(kind: str) -> tuple[Any, Any, Any]:
+    """A decoder that looks at the picture by cross-attention."""
+    words = tokenizer(("<bos>",), bos_token="<bos>")
+    text = T.BlipTextConfig(
+        **{**language(words), "num_key_value_heads": None},
+        encoder_hidden_size=32,
+        sep_token_id=words.eos_token_id,
+        max_position_embeddings=64,
+    )
+    vision = T.BlipVisionConfig(**eyes(initializer_range=0.2))
+    config = T.BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
+    processor = T.BlipProcessor(T.BlipImageProcessor(size={"height": 16, "width": 16}), words)
+    return T.BlipForConditionalGeneration, config, processor
+
+
+def git(kind: str) -> tuple[Any, Any, Any]:
+    """Features of the picture before the words of the decoder."""
+    words = tokenizer(("<bos>",), bos_token="<bos>", cls_token="<bos>")
+    sizes = {key: value for key, value in language(words).items() if key != "num_key_value_heads"}
+    frames = 4 if kind == "GITVideo" else None
+    config = T.GitConfig(
+        vision_config=eyes(), max_position_embeddings=64, num_image_with_embedding=frames, **sizes
+    )
+    side = {"height": 16, "width": 16}
+    images = T.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side)
+    return T.GitForCausalLM, config, T.GitProcessor(images, words)
+
+
+def florence(kind: str) -> tuple[Any, Any, Any]:
+    """An encoder that reads picture and prompt, and a decoder that looks at what it read."""
+    words = tokenizer(
+        ("<image>", "<bos>"), bos_token="<bos>", extra_special_tokens={"image_token": "<image>"}
+    )
+    text = {
+        "model_type": "bart",
+        "vocab_size": len(words),
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "init_std": 0.3,
+        "max_position_embeddings": 64,
+        "pad_token_id": words.pad_token_id,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "decoder_start_token_id": words.eos_token_id,
+        "forced_eos_token_id": None,
+    }
+    vision = T.Florence2VisionConfig(
+        depths=(1, 1),
+        patch_size=(7, 3),
+        patch_stride=(4, 2),
+        patch_padding=(3, 1),
+        patch_prenorm=(False, True),
+        embed_dim=(16, 32),
+        num_heads=(2, 2),
+        num_groups=(2, 2),
+        window_size=2,
+        drop_path_rate=0.0,
+        projection_dim=32,
+        initializer_range=0.2,
+    )
+    config = T.Florence2Config(
+        text_config=text,
+        vision_config=vision.to_dict(),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )
+    side = {"height": 32, "width": 32}
+    images = T.CLIPImageProcessor(size=side, crop_size=side, do_center_crop=False)
+    images.image_seq_length = 17  # 4 x 4 places and their mean
+    return T.Florence2ForConditionalGeneration, config, T.Florence2Processor(images, words)
+
+
+CROSS = {"BLIP": blip, "GIT": git, "Florence2": florence}
+
+
 def tiny_captioner(name: str, folder: Path) -> Path:
     """A captioner of that family with random weights."""
-    kind, config, processor = FAMILIES[name](name)
+    kind, config, processor = (FAMILIES | CROSS | {"GITVideo": git})[name](name)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = kind(config)
         for part, p in model.named_parameters():
             if "mm_input_projection" in part:  # of Gemma 3, which begins with zeros
                 p.data.normal_(0, 0.2)
+            if name == "BLIP" and p.ndim == 2 and ("transform" in part or "crossattention" in part):
+                p.data.normal_(0, 0.5)  # else it says one word again and again, whatever it sees
     words = processor.tokenizer
     model.generation_config.eos_token_id = words.eos_token_id
     model.generation_config.pad_token_id = words.pad_token_id
+    if config.is_encoder_decoder:
+        model.generation_config.decoder_start_token_id = config.text_config.decoder_start_token_id
+        model.generation_config.forced_bos_token_id = words.bos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -351,3 +443,12 @@ def pictures(folder: Path, number: int = 4) -> list[str]:
                 archive.writestr(f"inside/{i}.png", buffer.getvalue())
             files.append(str(folder / "images.zip" / "inside" / f"{i}.png"))
     return files
+
+
+def clip(folder: Path, count: int = 10, tone: int = 0) -> list[str]:
+    """Frames of one video, whose names need their numbers to be read as such; tone: of its blue."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"frame_{i}.png" for i in range(count)]
+    for i, file in enumerate(files):
+        Image.new("RGB", (32, 32), (25 * i, 255 - 25 * i, tone)).save(file)
+    return [str(file) for file in files]
