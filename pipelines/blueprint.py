@@ -180,7 +180,10 @@ PATTERNS: dict[str, Pattern] = {
         "pooled": (a.config.pooled_projection_dim,),
     },
     "QwenImagePipeline": lambda a, n: {"embeds": (n, a.config.joint_attention_dim), "mask": _all(n)},
-    "ZImagePipeline": lambda a, n: {"embeds": (n, a.config.cap_feat_dim), "mask": _all(n, torch.device("cpu"))},
+    "ZImagePipeline": lambda a, n: {
+        "embeds": (n, a.config.cap_feat_dim),
+        "mask": _all(n, torch.device("cpu")),
+    },
     "WanPipeline": lambda a, n: {"embeds": (n, a.config.text_dim)},
     "HunyuanVideoPipeline": lambda a, n: {
         "embeds": (n, a.config.text_embed_dim),

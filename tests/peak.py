@@ -35,7 +35,6 @@ class Watch:
 
 
 if __name__ == "__main__":
-    import diffusers  # noqa: F401
     import peft  # noqa: F401
     import torch
 
@@ -47,10 +46,6 @@ if __name__ == "__main__":
     first = torch.nn.Linear(64, 64)
     first(torch.randn(64, 64)).sum().backward()
     torch.optim.AdamW(first.parameters()).step()
-    import diffusers.models.transformers.transformer_sd3
-    import diffusers.models.transformers.transformer_wan
-    import transformers.models.clip.modeling_clip
-    import transformers.models.t5.modeling_t5
 
     config = load_config(sys.argv[1], sys.argv[2:])
     before, watch = resident(), Watch()
