@@ -24,7 +24,7 @@ from mmalign.compositions import Centered
 from mmalign.config import ConfigError, RunConfig
 from mmalign.contracts import PairwiseReward, PolicySettings, Reward, Writes
 from mmalign.coupling import Coupled
-from mmalign.data import PromptSource, read_prompts
+from mmalign.data import Prompt, PromptSource, read_prompts
 from mmalign.distributed import Distributed
 from mmalign.evaluation import Evaluator, Shown, repeat
 from mmalign.pairwise import win_rates
@@ -190,6 +190,7 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
         config.policy, algorithm.noise, distributed.device, config.training.seed, algorithm.split
     )
     check_kind(config, policy, algorithm)
+    check_references(config, algorithm, source.prompts)
     tracker: Tracker = NoTracker()
     if write and distributed.is_main:
         tracker = RunTracker(
@@ -229,7 +230,9 @@ def make_policy(
     seed: int = 0,
     split: Split = "whole",
 ) -> FlowPolicy | CaptionPolicy:
-    return load_policy(settings, noise, device, seed=seed, split=split)
+    policy = load_policy(settings, noise, device, seed=seed, split=split)
+    checkpoints.begin(policy, settings.weights)
+    return policy
 
 
 def make_rewards(config: RunConfig) -> tuple[list[Reward], dict[str, Schedule]]:
@@ -278,12 +281,24 @@ def check_noise(algorithm: Algorithm, seed: int) -> None:
 
 def check_kind(config: RunConfig, policy: FlowPolicy | CaptionPolicy, algorithm: Algorithm) -> None:
     """Raise ConfigError where the method is of models that draw and the policy writes, or the other way."""
-    texts = algorithm.plans(0, config.training.seed) == [Plan(1)]
+    texts = algorithm.plans(0, config.training.seed) in ([Plan(1)], [Plan(1, given=True)])
     if texts != isinstance(policy, Writes):
         kinds = ("captioners", "flow models") if texts else ("flow models", "captioners")
         raise ConfigError(
             f"algorithm.name: {config.method} is a method for {kinds[0]}, and policy.model "
             f"{config.policy.model} is one of the {kinds[1]}"
+        )
+
+
+def check_references(config: RunConfig, algorithm: Algorithm, prompts: Sequence[Prompt]) -> None:
+    """Raise ConfigError where references are learned from and a prompt has none."""
+    if algorithm.plans(0, config.training.seed) != [Plan(1, given=True)]:
+        return
+    lacking = [prompt.text for prompt in prompts if not isinstance(prompt.extra.get("reference"), str)]
+    if lacking:
+        raise ConfigError(
+            f'prompts.file: {config.method} learns from the "reference" of each prompt, and {len(lacking)} '
+            f"of {len(prompts)} have none, the first is {lacking[0]!r}"
         )
 
 
@@ -374,7 +389,8 @@ def cost_of(config: RunConfig, algorithm: Algorithm, policy: FlowPolicy | Captio
     size, frozen = config.prompts.group, len(algorithm.copies) + len(algorithm.loaded)
     if isinstance(policy, CaptionPolicy):
         written = float(config.prompts.per_iteration * size)
-        longest = config.policy.text.max_tokens - 1
+        given = algorithm.plans(0, config.training.seed)[0].given
+        longest = 0 if given or config.policy.rollout.url else config.policy.text.max_tokens - 1
         return {"sample": written * longest, "train": written, "reference": written * frozen}
     rows = policy.adapter.rows(config.policy.guidance)
     member = torch.arange(size)

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from mmalign.contracts import Policy
+
 FOLDER, MANIFEST, STATE = "checkpoints", "manifest.json", "resume.pt"
 _NAME = re.compile(r"step_(\d+)")
 
@@ -109,6 +111,12 @@ def weights_of(folder: Path) -> Path:
             f"mmalign train --config assets/recipes/{folder.name}.yaml"
         )
     return folder
+
+
+def begin(policy: Policy, weights: str | None) -> None:
+    """Give a policy the weights that a run has written (`policy.weights`); None: it keeps its own."""
+    if weights is not None:
+        policy.load(weights_of(Path(weights)))
 
 
 def prune(run_dir: Path, keep: int) -> None:

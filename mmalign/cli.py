@@ -57,11 +57,12 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
 
 def early(make: Callable[[], Any]) -> Any:
     """The result of `make`, or Refused: errors before the work begins are for the user to mend."""
+    from mmalign.contracts import RolloutError
     from mmalign.scoring import RewardError
 
     try:
         return make()
-    except (ValueError, TypeError, OSError, ImportError, RewardError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RewardError, RolloutError) as error:
         raise Refused(str(error) or type(error).__name__) from error
 
 
@@ -271,6 +272,7 @@ def _settings_help(arguments: Sequence[str]) -> str:
 def train_command(options: argparse.Namespace) -> int:
     from mmalign import assembly, checkpoints
     from mmalign.config import load_config
+    from mmalign.contracts import RolloutError
     from mmalign.scoring import RewardError
     from mmalign.trainer import TrainingError
 
@@ -291,7 +293,7 @@ def train_command(options: argparse.Namespace) -> int:
         return 0
     try:
         result = run.train()
-    except (RewardError, TrainingError, checkpoints.CheckpointError) as error:
+    except (RewardError, RolloutError, TrainingError, checkpoints.CheckpointError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         if options.debug:
             traceback.print_exc()

@@ -255,6 +255,12 @@ def validate(raw: Raw, source: str, changed: Sequence[Sequence[str]] = ()) -> Ru
     rewards = _rewards(raw.get("rewards"), blame, faults)
     method, algorithm = _algorithm(raw.get("algorithm"), blame, faults)
     composition = _composition(raw.get("composition"), blame, faults)
+    prompts = sections["prompts"]
+    if prompts and algorithm and prompts.group < 2 and not getattr(algorithm, "alone", False):
+        faults.append(
+            f"{blame('prompts', 'group')}: prompts.group must be at least 2, because members are compared, "
+            f"got {prompts.group}"
+        )
     if faults:
         raise ConfigError("\n".join(dict.fromkeys(faults)))
     assert algorithm is not None

@@ -20,6 +20,10 @@ class RewardError(RuntimeError):
     """A reward that cannot be trained on; the message names it and says what it did."""
 
 
+class RolloutError(RuntimeError):
+    """Another engine that does not write as it should; the message says what it did and what to try."""
+
+
 @dataclass
 class Forwards:
     """Sample-forwards of the policy's network so far: one row of one batch counts 1, guidance doubles it.
@@ -120,6 +124,15 @@ class Writes(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsReferences(Protocol):
+    """A policy that can say how likely the references of prompts are."""
+
+    def reference_log_prob(self, prompts: Prompts) -> Tensor:
+        """Of a token of each prompt's reference in the mean, [B] in nats on the CPU; no gradient."""
+        ...
+
+
 class RewardModel(Protocol):
     """Scores outcomes, at whatever grain it can."""
 
@@ -207,11 +220,45 @@ class TextSettings:
 
 
 @dataclass(frozen=True)
+class RolloutSettings:
+    """Another engine that writes the texts of training, behind an OpenAI-compatible endpoint (vLLM)."""
+
+    url: str = ""  # up to and with the version, http://localhost:8000/v1; empty: the captioner writes itself
+    model: str = ""  # name by which the server knows the base model; empty: policy.model
+    folder: str = ""  # where adapters are written for the server to read, by the same path
+    adapter: str = "mmalign"  # beginning of the names of adapters in the server
+    key: str = "OPENAI_API_KEY"  # environment variable that holds the key, where one is needed
+    parallel: int = 64  # texts that are asked for at the same time
+    timeout: float = 300.0  # seconds after which a request has failed
+    retries: int = 3  # further tries of a request that failed
+    pause: float = 1.0  # seconds before the first of them; doubles
+    cap: float = 2.0  # bound on the importance weight of a token; 1 only ever weakens tokens
+    # Largest mean |log p - log b| of an iteration's tokens before the run stops: the server has then other
+    # weights, another processor or another way of sampling. Raise it for quantized servers.
+    limit: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.url and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
+        if self.url and not self.folder:
+            raise ValueError("folder must name where adapters are written for the server to read")
+        for name in ("retries", "pause"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("parallel", "timeout", "limit", "cap"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class PolicySettings:
     """Which model is trained, and at what size and precision it runs."""
 
     # Local folder or hub id: a pipeline in diffusers format, or a captioner in transformers format.
     model: str
+    # Folder of a run or of one of its checkpoints whose weights training begins with, such as a warm start by
+    # sft; of the same model and the same lora. null: those of the model.
+    weights: str | None = None
     height: int | None = None  # pixels; null: the model's own size
     width: int | None = None  # pixels; null: the model's own size
     # Of a video that is drawn: its length, null: the model's own. Of one that a captioner reads: how many of
@@ -234,3 +281,4 @@ class PolicySettings:
     gradient_checkpointing: bool = False  # saves memory, costs a third more time in the update
     lora: LoraSettings = field(default_factory=LoraSettings)
     text: TextSettings = field(default_factory=TextSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)

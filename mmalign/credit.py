@@ -367,6 +367,23 @@ class Credit:
         return (units.reshape(*units.shape, *[1] * (footprint.ndim - 2)) * footprint).sum(1)
 
 
+class Taught(Credit):
+    """Every action is learned from alike, whatever the rewards say of it: it was given, not drawn."""
+
+    def __call__(
+        self,
+        signals: Sequence[RewardSignal],
+        trajectory: Trajectory,
+        locate: Locate,
+        peers: Peers | None = None,
+        part: Tensor | None = None,
+    ) -> Advantage:
+        peers = peers or Peers(trajectory.outcome.prompts)
+        weight = _shared(self.weigh(trajectory).cpu().double(), peers, part)
+        device, count = trajectory.log_prob.device, len(trajectory)
+        return Advantage(torch.ones(1, count, 1, device=device), weight.float().to(device), ("total",))
+
+
 def by_frames(weights: Mapping[str, float], normalize: Normalize, clip: float) -> Credit:
     """Each frame of a video is compared with the same frame of its peers, and its credit stays on it.
 

@@ -25,13 +25,12 @@ class PromptSettings:
     file: str  # training prompts: .txt, one a line, or .jsonl with a "prompt" and whatever else rewards need
     heldout_file: str | None = None  # prompts for evaluation only
     per_iteration: int = 48  # distinct prompts per iteration; more make steadier updates, fewer faster ones
-    group: int = 24  # samples per prompt; below 12 the comparison inside a group gets noisy
+    # Samples per prompt; below 12 the comparison inside a group gets noisy. 1 where nothing is compared (sft)
+    group: int = 24
 
     def __post_init__(self) -> None:
-        if self.group < 2:
-            raise PromptError(
-                f"prompts.group must be at least 2, because members are compared, got {self.group}"
-            )
+        if self.group < 1:
+            raise PromptError(f"prompts.group must be at least 1, got {self.group}")
         if self.per_iteration < 1:
             raise PromptError(f"prompts.per_iteration must be at least 1, got {self.per_iteration}")
 

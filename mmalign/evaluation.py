@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from mmalign.contracts import Forwards, Key, Media, PairwiseReward, Reward, RewardModel, Writes
+from mmalign.contracts import (
+    Forwards,
+    Key,
+    KnowsReferences,
+    Media,
+    PairwiseReward,
+    Reward,
+    RewardModel,
+    Writes,
+)
 from mmalign.data import Prompt
 from mmalign.distances import Distances, Extract, compare, extracted
 from mmalign.grids import CELL, Panel, fit, from_pil
@@ -31,6 +40,7 @@ from mmalign.scoring import judge as ask
 
 RESAMPLES = 2000
 POOLED = 16  # diversity looks at pictures of this size
+FAMILIAR = "reference_log_prob"  # score of policies that know references: minus their held-out token loss
 LINE = 30  # letters of a line under a picture
 
 
@@ -212,6 +222,22 @@ def repeat(prompts: Sequence[Prompt], places: Sequence[int], seeds: int) -> Prom
 def batches(count: int, size: int) -> list[Tensor]:
     """0..count-1 in parts of at most `size`."""
     return [torch.arange(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def familiar(policy: Draws | Writes, prompts: Prompts, settings: EvaluationSettings) -> list[float] | None:
+    """`reference_log_prob` of each prompt; None where the policy cannot tell or a prompt has no reference."""
+    known = all(isinstance(extra.get("reference"), str) for extra in prompts.extra)
+    if not isinstance(policy, KnowsReferences) or not known:
+        return None
+    before = policy.forwards.reference
+    each, place = torch.unique(prompts.group, return_inverse=True)  # seeds of a prompt share its reference
+    firsts = torch.stack([(prompts.group == number).nonzero()[0, 0] for number in each])
+    found = [
+        policy.reference_log_prob(prompts.take(firsts[rows])) for rows in batches(len(each), settings.batch)
+    ]
+    policy.forwards.reference = before
+    said: list[float] = torch.cat(found)[place].tolist()
+    return said
 
 
 def draw(policy: Draws | Writes, prompts: Prompts, settings: EvaluationSettings) -> Media:
@@ -481,7 +507,13 @@ class Evaluator:
         prompts = repeat(self.prompts, mine, seeds)
         media = draw(policy, prompts, self.settings)
         count = len(places) * seeds  # beyond it prompts come a second time
-        found = self.distributed.gather_objects(verdicts(self.rewards, prompts, media))[:count]
+        judged = verdicts(self.rewards, prompts, media)
+        if (likely := familiar(policy, prompts, self.settings)) is not None:
+            judged = [
+                replace(verdict, values={**verdict.values, FAMILIAR: value})
+                for verdict, value in zip(judged, likely, strict=True)
+            ]
+        found = self.distributed.gather_objects(judged)[:count]
         group = self.distributed.gather(prompts.group)[:count]
         features = torch.zeros(len(prompts), 0)
         if self.extract is not None and self.references is not None:

@@ -89,6 +89,10 @@ def joined(parts: Sequence[Trajectory]) -> Trajectory:
         log_prob=torch.cat([part.log_prob for part in parts]),
         mask=torch.cat([part.mask for part in parts]),
         replay={name: torch.cat([part.replay[name] for part in parts]) for name in first.replay},
+        behavior=first.behavior
+        and replace(
+            first.behavior, log_prob=torch.cat([p.behavior.log_prob for p in parts if p.behavior is not None])
+        ),
     )
 
 

@@ -5,6 +5,7 @@ A video is a folder of frames (on the disk, or inside a zip), a list of frames, 
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import zipfile
@@ -102,6 +103,13 @@ def open_picture(file: Path | str) -> Image.Image:
             return picture.convert("RGB")
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+
+
+def in_message(picture: Image.Image) -> str:
+    """A picture as a URL that holds all of it, PNG, as chat endpoints take it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _read(file: Path) -> bytes:

@@ -179,16 +179,27 @@ def _fused_attention() -> Iterator[Callable[[], float]]:
         F.scaled_dot_product_attention = real
 
 
-def live_bytes(
-    network: nn.Module, run: Callable[[], Tensor], backward: bool = True
-) -> tuple[float, float, float]:
-    """Bytes alive after a forward, at the worst moment of it and its backward, and the forward's operations.
+@dataclass(frozen=True)
+class Alive:
+    """Bytes after a forward, at the worst moment of it and its backward, and that its largest block leaves.
 
-    run: one forward of the network, on the meta device. Parameters and their gradients count nothing.
+    flops: operations of the forward.
+    """
+
+    kept: float
+    peak: float
+    block: float
+    flops: float
+
+
+def live_bytes(network: nn.Module, run: Callable[[], Tensor], backward: bool = True) -> Alive:
+    """What one forward of the network and its backward keep alive; parameters and gradients count nothing.
+
+    run: the forward, on the meta device.
     """
     with _fused_attention() as spent, FlopCounterMode(display=False) as counter:
         live = _Live([*network.parameters(), *network.buffers()])
-        with live:
+        with live, _largest(network, live) as largest:
             out = run()
             kept, flops = live.now, counter.get_total_flops() + spent()
             if backward:
@@ -197,7 +208,29 @@ def live_bytes(
     grads = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
     for parameter in network.parameters():
         parameter.grad = None
-    return float(kept), float(peak - grads), float(flops)
+    return Alive(float(kept), float(peak - grads), float(largest[0]), float(flops))
+
+
+@contextmanager
+def _largest(network: nn.Module, live: _Live) -> Iterator[list[int]]:
+    """The most bytes that one of the network's blocks leaves for its backward."""
+    before: list[int] = []
+    most = [0]
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        before.append(live.now)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        most[0] = max(most[0], live.now - before.pop())
+
+    blocks = _blocks(network)
+    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(leave, with_kwargs=True) for block in blocks]
+    try:
+        yield most
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def measure(policy: FlowPolicy, rows: int) -> Measured:
@@ -214,22 +247,19 @@ def measure(policy: FlowPolicy, rows: int) -> Measured:
         found: Tensor = adapter.velocity(network, x, sigma, seen, seen if each == 2 else None, guidance)
         return found
 
-    blocks = _blocks(network)
     _checkpointing(network, False)
-    _, _, flops = live_bytes(network, lambda: forward(1), backward=False)
-    kept, plain, _ = live_bytes(network, lambda: forward(size))
-    largest = _largest_block(network, blocks, lambda: forward(size))
+    whole = live_bytes(network, lambda: forward(size))
     _checkpointing(network, True)
-    few, _, _ = live_bytes(network, lambda: forward(size), backward=False)
+    few = live_bytes(network, lambda: forward(size), backward=False)
     _checkpointing(network, policy.settings.gradient_checkpointing)
     # What checkpointing keeps, and one block as it is computed again and differentiated.
-    again = min(plain, few + largest + (plain - kept))
+    again = min(whole.peak, few.kept + whole.block + (whole.peak - whole.kept))
     chunk = max(1, DECODED_PLACES // math.prod(policy.shape[1:]))
     vae = adapter.pipeline.vae
     with torch.no_grad():
         rows_at_once = max(1, policy.chunk // each)
-        _, sampling, _ = live_bytes(network, lambda: forward(rows_at_once), backward=False)
-        _, decoding, _ = live_bytes(
+        sampling = live_bytes(network, lambda: forward(rows_at_once), backward=False)
+        decoding = live_bytes(
             vae, lambda: adapter.decode(torch.empty(chunk, *policy.shape, device=META)), backward=False
         )
     parts = [part for part in adapter.pipeline.components.values() if isinstance(part, nn.Module)]
@@ -239,11 +269,11 @@ def measure(policy: FlowPolicy, rows: int) -> Measured:
         parameters=sum(p.numel() for p in network.parameters()),
         trained=sum(p.numel() for p in trained),
         frozen_bytes=frozen,
-        forward_flops=flops / each,
-        plain=plain,
+        forward_flops=whole.flops / (size * each),
+        plain=whole.peak,
         checkpointed=again,
-        sampling=sampling,
-        decoding=decoding,
+        sampling=sampling.peak,
+        decoding=decoding.peak,
     )
 
 
@@ -261,28 +291,6 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
     lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
     inner = {id(part) for found in lists for block in found for part in block.modules()}
     return [block for found in lists if id(found) not in inner for block in found]
-
-
-def _largest_block(network: nn.Module, blocks: list[nn.Module], run: Callable[[], Tensor]) -> float:
-    """The most bytes that one of the blocks leaves for its backward."""
-    live = _Live([*network.parameters(), *network.buffers()])
-    before: list[int] = []
-    most = [0]
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        before.append(live.now)
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        most[0] = max(most[0], live.now - before.pop())
-
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(leave, with_kwargs=True) for block in blocks]
-    with _fused_attention(), live:
-        out = run()
-    del out
-    for hook in hooks:
-        hook.remove()
-    return float(most[0])
 
 
 # ---- the estimate

@@ -35,6 +35,11 @@ def texts() -> PlanAt:
     return lambda iteration, seed: [Plan(1)]
 
 
+def references() -> PlanAt:
+    """Captioners: nothing is written, the texts are the references that the prompts bring."""
+    return lambda iteration, seed: [Plan(1, given=True)]
+
+
 def window(steps: int, start: int, width: int, share_noise: bool = False, rate: float = 0.0) -> Plan:
     """`width` actions in a row; rate: see `tail_steps`."""
     tail = tail_steps(steps - start - width, rate)

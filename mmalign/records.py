@@ -64,7 +64,7 @@ class Plan:
 
     Methods that take no action while sampling:
     renoise: the finished samples are noised again, and each of the noised states is an action. given: nothing
-    is drawn either, the samples are the media that the prompts name.
+    is drawn either, the samples are the media that the prompts name; of texts, every token is an action.
     halt: the state so many steps before the end of the ODE is kept, and the update goes on from there, with
     gradients (`contracts.DrawsOn`). noises: fresh noises that are drawn for each sample with it; each counts
     as an action.
@@ -115,7 +115,7 @@ class Plan:
                 f"renoise and given go with no noise in sampling and no strides, got "
                 f"sde_steps={self.sde_steps}, noisy={self.noisy}, strides={self.strides}"
             )
-        if self.given and self.renoise is None:
+        if self.given and self.renoise is None and self.steps > 1:
             raise ValueError("given samples have no actions unless they are noised again: set renoise")
         if not 0 <= self.halt <= self.steps or self.noises < 1:
             raise ValueError(
@@ -254,13 +254,24 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Behavior:
+    """What drew the actions of a trajectory where it was not the policy itself (`mmalign.mismatch`).
+
+    log_prob: [B, S] there. cap: bound on the importance weight of an action.
+    """
+
+    log_prob: Tensor
+    cap: float
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """A batch of samples: the outcome, the actions that led to it, and what replays them.
 
     log_prob: [B, S, *site] under the policy that sampled; S = 0 where nothing was drawn. mask: [B, S] bool,
     False on padding and on what is not learned from. replay: read only by the policy that wrote it; every
     tensor in it starts with B. plan: the one that was followed, and sigmas [steps + 1] the schedule, where
-    the policy denoises.
+    the policy denoises. behavior: what drew the actions, where another engine did.
     """
 
     outcome: Outcome
@@ -269,6 +280,7 @@ class Trajectory:
     replay: Mapping[str, Tensor]
     plan: Plan | None = None
     sigmas: Tensor | None = None
+    behavior: Behavior | None = None
 
     @property
     def group(self) -> Tensor:

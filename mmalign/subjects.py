@@ -166,7 +166,9 @@ def adapted(settings: EvaluationSettings, options: argparse.Namespace, show: boo
 
 def open_policy(subject: Subject) -> FlowPolicy:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return load_policy(subject.policy, Noise(), device or "cpu")
+    policy = load_policy(subject.policy, Noise(), device or "cpu")
+    checkpoints.begin(policy, subject.policy.weights)
+    return policy
 
 
 def draw_all(subject: Subject, options: argparse.Namespace) -> dict[str, Shown]:

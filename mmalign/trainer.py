@@ -22,6 +22,7 @@ from mmalign.distributed import Distributed, local
 from mmalign.gradients import Differentiated
 from mmalign.health import Clock, Running, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
+from mmalign.mismatch import corrected, mismatch
 from mmalign.objectives import REFERENCE, Objective
 from mmalign.overlap import sample_and_judge
 from mmalign.plans import PlanAt
@@ -121,6 +122,7 @@ class Algorithm:
     # The copy that samples, or which one does in an iteration; None: the live parameters.
     sampler: str | Callable[[int], str | None] | None = None
     split: Split = "whole"  # what an action of a denoiser is split into
+    alone: bool = False  # samples are not compared, so that a group may have one member
     apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
     memory: Memory | None = None  # what plans, credit or copies depend on beside iteration and seed
     through: Differentiated | None = None  # rewards that the objective differentiates; it meets them first
@@ -177,7 +179,7 @@ class Trainer:
         prompts = self.prompts.at(0, self.distributed.rank, self.distributed.world)
         group = Peers(prompts, self.distributed.gather).group
         groups, sizes = torch.unique(group, return_counts=True)
-        if int(sizes.min()) < 2:
+        if int(sizes.min()) < 2 and not self.algorithm.alone:
             raise ValueError(
                 "a group of one has nobody to be compared with; prompts.group must be at least 2"
             )
@@ -292,7 +294,11 @@ class Trainer:
             advantage = credit(composed.signals, trajectory, self.policy.locate, peers, part)
             if self.algorithm.refine is not None:
                 advantage = self.algorithm.refine(self.policy, trajectory, advantage, peers)
+            if trajectory.behavior is not None:
+                advantage = corrected(advantage, trajectory)
             metrics = summarize(scores, peers, trajectory.outcome.views, self.distributed.gather_objects)
+            if trajectory.behavior is not None:
+                metrics |= mismatch(trajectory, self.distributed.gather)
             metrics |= composed.metrics
             metrics |= self._about(advantage, peers)
             if self.algorithm.memory is not None:

@@ -67,6 +67,8 @@ def load(
         hide_bars()
     if kind == CAPTIONER:
         return CaptionPolicy(caption_adapter(settings), settings, device, chunk=settings.chunk, seed=seed)
+    if settings.rollout.url:
+        raise ValueError("policy.rollout is of captioners, and policy.model draws pictures")
     module, _, name = ADAPTERS[kind].partition(":")
     family = getattr(importlib.import_module(module), name)
     try:

@@ -114,10 +114,10 @@ def blank_policy(settings: PolicySettings, noise: Noise, split: Split = "whole")
     for part, network in pipeline.components.items():
         if isinstance(network, nn.Module):
             whole = part == "vae" or (part in DENOISERS and not settings.lora.rank)
-            network.to(torch.float32 if whole else frozen)
+            nn.Module.to(network, torch.float32 if whole else frozen)
     policy = FlowPolicy(adapter, settings, noise, META, split=split, chunk=settings.chunk)
     for network in policy._parts.values():
-        network.to(torch.float32 if not settings.lora.rank else frozen)
+        nn.Module.to(network, torch.float32 if not settings.lora.rank else frozen)
         # There is no autocast on the meta device: everything that goes in is brought to the weights' type.
         network.register_forward_pre_hook(_cast, with_kwargs=True)
     return policy

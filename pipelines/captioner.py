@@ -11,9 +11,10 @@ tokens that no text may hold (placeholders of pictures, padding). Only the cut o
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,13 +22,15 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from mmalign.contracts import Forwards, Key, PolicySettings, TextSettings
+from mmalign.contracts import Forwards, Key, PolicySettings, RolloutError, TextSettings
 from mmalign.copies import Copies
-from mmalign.pictures import Clip, asked, open_picture
+from mmalign.pictures import Clip, asked, in_message, open_picture
 from mmalign.pipelines.flow import add_lora, take
+from mmalign.pipelines.rollout_server import Request, RolloutServer
 from mmalign.pipelines.videos import open_video
-from mmalign.randomness import generator
+from mmalign.randomness import generator, seed_of
 from mmalign.records import (
+    Behavior,
     Evaluation,
     Outcome,
     Pick,
@@ -63,14 +66,19 @@ class CaptionAdapter(Protocol):
     """All that is particular to how a family of models is fed.
 
     model: the network. tokenizer: of its texts. lora_targets: names of the layers that get adapters, none of
-    them in the vision tower. banned: tokens that no text may hold. ends: tokens that end a text.
+    them in the vision tower. banned: tokens that no text may hold. ends: tokens that end a text; end: the one
+    that references end with. processor: of its pictures and texts.
     """
 
     model: nn.Module
     tokenizer: Any
+    processor: Any
     lora_targets: Sequence[str]
     banned: Sequence[int]
     ends: Sequence[int]
+
+    @property
+    def end(self) -> int: ...
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
         """What the model reads of a prompt and a PIL picture or `Video`; ValueError where it has no place."""
@@ -117,6 +125,7 @@ class CaptionPolicy:
                 "policy.gradient_checkpointing drops the keys and values that a captioner shares inside a "
                 "group; lower training.batch to save memory"
             )
+        self.server = _engine(settings, adapter)
         self.adapter, self.settings, self.text = adapter, settings, settings.text
         self.device, self.chunk = torch.device(device), chunk
         self.forwards = Forwards()
@@ -137,17 +146,131 @@ class CaptionPolicy:
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
-        """Write a text for each prompt, token by token; a text ends with its end token or at max_tokens."""
-        token, mask, likely = self._write(prompts, key, self.text)
+        """Write a text for each prompt, token by token; a text ends with its end token or at max_tokens.
+
+        A plan of given texts takes the references of the prompts, whose log-probability is not known before
+        the update and 0 here.
+        """
+        served = self.server is not None and not plan.given
+        if plan.given:
+            token, mask = self._given(prompts)
+            likely = torch.zeros(token.shape, device=self.device)
+        elif served:
+            token, mask, likely = self._served(prompts, key)
+        else:
+            token, mask, likely = self._write(prompts, key, self.text)
         texts, start, end = self._read(token, mask)
         replay = {"token": token, "start": start, "end": end}
-        return Trajectory(Outcome(prompts, texts), likely, mask, replay, plan)
+        trajectory = Trajectory(Outcome(prompts, texts), likely, mask, replay, plan)
+        return self._weighed(trajectory) if served else trajectory
 
     @torch.no_grad()
     def texts(self, prompts: Prompts, key: Key, text: TextSettings | None = None) -> list[str]:
         """Texts alone; text: how they are written, None is the policy's own way."""
         token, mask, _ = self._write(prompts, key, text or self.text)
         return self._read(token, mask)[0]
+
+    @torch.no_grad()
+    def reference_log_prob(self, prompts: Prompts) -> Tensor:
+        """Of a token of each prompt's reference in the mean, [B] in nats on the CPU."""
+        trajectory = self.sample(prompts, Plan(1, given=True), ())
+        return (self._likely(trajectory).sum(1) / trajectory.mask.sum(1)).cpu()
+
+    def _likely(self, trajectory: Trajectory) -> Tensor:
+        """How likely all actions are now, [B, S]."""
+        found = torch.zeros(trajectory.log_prob.shape, device=self.device)
+        for pick in self.picks(trajectory, torch.arange(len(trajectory)), self.chunk):
+            found[pick.rows, pick.columns] = self.evaluate(trajectory, pick).log_prob.float()
+        return found
+
+    def _served(self, prompts: Prompts, key: Key) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, mask and log-probabilities of texts that the server writes with the present weights."""
+        assert self.server is not None
+        self.server.load(self._fingerprint(), self.save)
+        shape = (len(prompts), self.text.max_tokens)
+        token = torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        likely = torch.zeros(shape)
+        never = set(self.adapter.banned)
+        for row, text in enumerate(self.server.write(self._requests(prompts, key))):
+            count = len(text.tokens)
+            odd = sorted(never & set(text.tokens))
+            if count > shape[1] or odd:
+                raise RolloutError(
+                    f"policy.rollout: a text has {count} tokens, of at most {shape[1]}, and of the special "
+                    f"ones {odd}; the server must keep to max_tokens and logit_bias"
+                )
+            token[row, :count] = torch.tensor(text.tokens)
+            mask[row, :count] = True
+            likely[row, :count] = torch.tensor(text.log_prob)
+        return token.to(self.device), mask.to(self.device), likely.to(self.device)
+
+    def _requests(self, prompts: Prompts, key: Key) -> list[Request]:
+        """Each prompt as the server reads it, pictures as PNG in the message; members differ in seeds."""
+        asked_for: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}
+        requests = []
+        names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
+        for text, extra, name in zip(prompts.text, prompts.extra, names, strict=True):
+            shown = _shown(text, extra)
+            if not isinstance(shown, str):
+                raise ValueError("policy.rollout: a server is asked about pictures, not videos")
+            if (text, shown) not in asked_for:
+                url = {"url": in_message(open_picture(shown))}
+                content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": text}]
+                body: dict[str, Any] = {
+                    "messages": [{"role": "user", "content": content}],
+                    "temperature": self.text.temperature,
+                    "max_tokens": self.text.max_tokens,
+                    "logit_bias": {str(number): -100 for number in self.adapter.banned},
+                }
+                asked_for[text, shown] = body, self._inputs(text, shown)["input_ids"].shape[1]
+            body, read = asked_for[text, shown]
+            requests.append(Request({**body, "seed": seed_of(*key, "token", *name) % 2**31}, read))
+        return requests
+
+    def _fingerprint(self) -> str:
+        """The same for equal weights alone."""
+        made = hashlib.blake2b(digest_size=16)
+        for p in self._network.parameters():
+            if p.requires_grad:
+                if hasattr(p, "full_tensor"):
+                    raise ValueError("policy.rollout: sharded weights cannot be written for a server")
+                made.update(p.detach().float().cpu().numpy().tobytes())
+        return made.hexdigest()
+
+    def _weighed(self, trajectory: Trajectory) -> Trajectory:
+        """A trajectory of the server with the log-probabilities of this policy; it must be close to it."""
+        rollout = self.settings.rollout
+        likely = self._likely(trajectory)
+        gap = float((likely - trajectory.log_prob)[trajectory.mask].abs().mean())
+        if not gap <= rollout.limit:
+            raise RolloutError(
+                f"policy.rollout: log-probabilities of the server differ from those of this policy by "
+                f"{gap:.3g} in the mean, more than policy.rollout.limit={rollout.limit:g}: it did not take "
+                "the adapter, reads other pictures, or tells log-probabilities before temperature and "
+                "logit_bias (vLLM: --logprobs-mode processed_logprobs)"
+            )
+        return replace(trajectory, log_prob=likely, behavior=Behavior(trajectory.log_prob, rollout.cap))
+
+    def _given(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of the references, [B, S] each, with the token that ends a text."""
+        shape = (len(prompts), self.text.max_tokens)
+        token = torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        never, tokenizer = set(self.adapter.banned), self.adapter.tokenizer
+        for row, (prompt, extra) in enumerate(zip(prompts.text, prompts.extra, strict=True)):
+            text = extra.get("reference")
+            if not isinstance(text, str):
+                raise ValueError(f'prompt {prompt!r} has no "reference" to learn from')
+            ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], self.adapter.end][: shape[1]]
+            if odd := [number for number in ids if number in never]:
+                word = tokenizer.convert_ids_to_tokens(odd[0])
+                raise ValueError(
+                    f"the reference {text[:60]!r} holds {word!r}, which no text of this model may hold"
+                )
+            token[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = True
+        return token.to(self.device), mask.to(self.device)
 
     def _write(self, prompts: Prompts, key: Key, text: TextSettings) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, mask and log-probabilities, [B, S] each."""
@@ -231,9 +354,12 @@ class CaptionPolicy:
     # ---- the update
 
     def picks(self, trajectory: Trajectory, rows: Tensor, size: int) -> Iterator[Pick]:
-        """All tokens of at most `size` texts at a time, groups together."""
+        """All tokens of at most `size` texts at a time, groups together and those of long texts first.
+
+        Texts of one forward are padded to the longest of them.
+        """
         mask, rows = trajectory.mask.cpu(), rows.cpu()
-        for part in torch.split(rows[_grouped(trajectory.group[rows])], size):
+        for part in torch.split(rows[by_length(trajectory.group[rows].cpu(), mask[rows].sum(1))], size):
             place, column = mask[part].nonzero(as_tuple=True)
             yield Pick(part[place], column)
 
@@ -293,7 +419,12 @@ class CaptionPolicy:
 
     @torch.no_grad()
     def check(self, prompts: Prompts) -> None:
-        """Raise ValueError where the picture makes no difference to what the model would write."""
+        """Raise ValueError where the picture makes no difference to what the model would write.
+
+        RolloutError where another engine is to write and cannot.
+        """
+        if self.server is not None:
+            self.server.check()
         text, extra = next(zip(prompts.text, prompts.extra, strict=True))
         inputs = self._inputs(text, _shown(text, extra))
         # Almost black: pictures of zeros stand for padding in some families.
@@ -319,6 +450,7 @@ class CaptionPolicy:
         whole = dict(state) if state else self._network.state_dict()
         if not self.settings.lora.rank:
             self._network.save_pretrained(folder / WEIGHTS, state_dict=whole)
+            self.adapter.processor.save_pretrained(folder / WEIGHTS)  # so that it is a captioner of its own
             return
         from peft import LoraConfig
         from safetensors.torch import save_file
@@ -392,6 +524,29 @@ def spelled(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, in
         edges.append(max(edges[-1], known))
     inside = [min(max(edge - lead, 0), len(text)) for edge in edges]
     return text, list(pairwise(inside))
+
+
+def by_length(group: Tensor, length: Tensor) -> Tensor:
+    """Rows [B] with groups together, those whose longest text is longest first; group, length: [B]."""
+    number = torch.unique(group, return_inverse=True)[1]
+    longest = torch.zeros_like(number).scatter_reduce(0, number, length.to(number), "amax")[number]
+    order = number.argsort(stable=True)
+    return order[longest[order].argsort(descending=True, stable=True)]
+
+
+def _engine(settings: PolicySettings, adapter: CaptionAdapter) -> RolloutServer | None:
+    """Who writes the texts of training, if it is not the policy itself."""
+    if not settings.rollout.url:
+        return None
+    if not settings.lora.rank or settings.text.top_p < 1:
+        raise ValueError(
+            "policy.rollout gives a server adapters and takes its log-probabilities, so that it needs "
+            f"policy.lora.rank above 0 and policy.text.top_p=1, got {settings.lora.rank} and "
+            f"{settings.text.top_p}"
+        )
+    if getattr(adapter.processor, "chat_template", None) is None:
+        raise ValueError("policy.rollout asks by chat, and policy.model has no chat template")
+    return RolloutServer(settings.rollout, settings.rollout.model or settings.model)
 
 
 def _shown(text: str, extra: Mapping[str, object]) -> str | Clip:

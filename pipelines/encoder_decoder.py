@@ -22,7 +22,17 @@ from mmalign.contracts import PolicySettings
 from mmalign.pipelines.captioner import Inputs, Prefix
 from mmalign.pipelines.flow import DTYPES
 from mmalign.pipelines.videos import Video
-from mmalign.pipelines.vlm import VisionLanguage, banned, bare, chosen, ends, linears, past_name, places
+from mmalign.pipelines.vlm import (
+    VisionLanguage,
+    banned,
+    bare,
+    chosen,
+    closing,
+    ends,
+    linears,
+    past_name,
+    places,
+)
 
 BERT = ("query", "key", "value", "dense")  # layers of BERT's kind of decoder
 BART = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -93,6 +103,10 @@ class PictureEncoder:
         self.lora_targets = linears(self.model, BERT, ".layer.")
         self._past = past_name(self.model.text_decoder)  # type: ignore[arg-type]
 
+    @property
+    def end(self) -> int:
+        return closing(self.tokenizer, self.ends)
+
     def encode(self, prompt: str, picture: Any) -> Inputs:
         _no_video(picture)
         pixels: Tensor = self.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
@@ -159,6 +173,10 @@ class EncoderDecoder:
         self.banned = banned(self.tokenizer, self.ends, self.image_token)
         self.lora_targets = linears(self.model, BART, ".layers.")
         self._past = past_name(self.model)
+
+    @property
+    def end(self) -> int:
+        return closing(self.tokenizer, self.ends)
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
         _no_video(picture)

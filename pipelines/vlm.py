@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ PLACEHOLDERS = (
     "video_token_id",
     "video_token_index",
 )
+CLOSED = "Zebra"  # what an assistant says, to see what its turn ends with
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # a number for each token
 
 
@@ -59,6 +61,20 @@ class VisionLanguage:
         self.banned = banned(self.tokenizer, self.ends, *self.placeholders)
         self._past = past_name(self.model)
         self.lora_targets = linears(self.model, LINEAR)
+
+    @cached_property
+    def end(self) -> int:
+        """The token by which the chat template ends a turn, or else the tokenizer's own."""
+        if self.processor.chat_template is not None:
+            turns = [
+                {"role": role, "content": [{"type": "text", "text": word}]}
+                for role, word in (("user", "hello"), ("assistant", CLOSED))
+            ]
+            said = self.processor.apply_chat_template(turns, tokenize=False).rpartition(CLOSED)[2]
+            for number in self.tokenizer(said, add_special_tokens=False)["input_ids"]:
+                if number in self.ends:
+                    return int(number)
+        return closing(self.tokenizer, self.ends)
 
     def encode(self, prompt: str, picture: Any) -> Inputs:
         """Tensors of the processor for a user turn of a picture or video and a prompt; a first axis of 1."""
@@ -176,6 +192,12 @@ def ends(named: Sequence[int | None]) -> list[int]:
     if not found:
         raise ValueError("neither its generation_config nor its tokenizer names a token that ends a text")
     return found
+
+
+def closing(tokenizer: Any, ends: Sequence[int]) -> int:
+    """The token that ends a text where several may."""
+    own = tokenizer.eos_token_id
+    return int(own) if own in ends else int(ends[0])
 
 
 def banned(tokenizer: Any, ends: Sequence[int], *more: int) -> list[int]:

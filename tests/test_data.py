@@ -51,8 +51,8 @@ def test_bad_files_are_named_with_the_line(tmp_path, name, text, said):
 def test_missing_files_and_impossible_sizes():
     with pytest.raises(PromptError, match="no such prompt file"):
         read_prompts("nowhere.txt")
-    with pytest.raises(PromptError, match="at least 2"):
-        PromptSettings("x.txt", group=1)
+    with pytest.raises(PromptError, match="group must be at least 1"):
+        PromptSettings("x.txt", group=0)
     with pytest.raises(PromptError, match="at least 1"):
         PromptSettings("x.txt", per_iteration=0)
     with pytest.raises(PromptError, match="4 distinct prompts, there are 3"):

@@ -23,7 +23,7 @@ ONLY_BY = {
         "trackers are for tracking.py",
     ),
     r"fastapi|uvicorn": (r"mmalign\.serving", "the server is for serving.py"),
-    r"httpx": (REWARDS, "servers are asked by rewards"),
+    r"httpx": (rf"mmalign\.pipelines\.rollout_server|{REWARDS}", "servers are asked by rewards and rollouts"),
     r"msgpack": (rf"mmalign\.wire|{REWARDS}", "bytes are for wire.py"),
     r"diffusers|peft": (DRAWS, "models that draw are for pipelines/"),
     r"transformers": (f"{DRAWS}|{REWARDS}", "models are for pipelines/ and rewardmodels/"),

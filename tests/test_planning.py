@@ -1,4 +1,4 @@
-"""What a run will cost is known without its weights: bytes as they are kept, operations as they are counted."""
+"""What a run will cost is known without its weights: bytes as they are kept, operations as counted."""
 
 import json
 import os
@@ -86,12 +86,12 @@ def test_bytes_without_content_are_the_bytes_with_it(rank):
 def test_operations_are_those_of_the_products():
     network = nn.Linear(8, 16, bias=False, device="meta")
     x = torch.empty(5, 8, device="meta")
-    assert live_bytes(network, lambda: network(x), backward=False)[2] == 2 * 5 * 8 * 16
+    assert live_bytes(network, lambda: network(x), backward=False).flops == 2 * 5 * 8 * 16
     q = torch.empty(2, 3, 7, 4, device="meta", requires_grad=True)
     k = torch.empty(2, 3, 9, 4, device="meta")
-    kept, _, flops = live_bytes(network, lambda: F.scaled_dot_product_attention(q, k, k))
-    assert flops == 2 * 2 * 3 * 7 * 9 * (4 + 4)
-    assert kept == q.nbytes + 4 * 2 * 3 * 7  # the output and a number a query, no matrix of scores
+    alive = live_bytes(network, lambda: F.scaled_dot_product_attention(q, k, k))
+    assert alive.flops == 2 * 2 * 3 * 7 * 9 * (4 + 4)
+    assert alive.kept == q.nbytes + 4 * 2 * 3 * 7  # the output and a number a query, no matrix of scores
 
 
 def test_checkpointing_saves_and_a_larger_minibatch_costs_in_proportion():
@@ -102,7 +102,7 @@ def test_checkpointing_saves_and_a_larger_minibatch_costs_in_proportion():
     assert two.forward_flops == one.forward_flops
     guided = measure(blank_policy(settings(guidance=3.0), Noise()), 4)
     assert guided.forward_flops == pytest.approx(one.forward_flops)  # of a row; guidance takes two rows
-    assert guided.plain == pytest.approx(one.plain, rel=0.05)
+    assert one.plain < guided.plain < 1.25 * one.plain  # the same rows, and what joins them
 
 
 def plan(*overrides, **devices):
@@ -121,7 +121,8 @@ def test_shards_share_what_they_share(monkeypatch):
     assert third.weights == whole.weights / 4
     assert whole.activations == second.activations == third.activations
     assert whole.optimizer == 2 * whole.gradients == 8 * found.measured.trained
-    assert whole.trained == 2 * whole.gradients  # the parameters and the reference that its KL pulls to
+    # The parameters, the reference that its KL pulls to, and the moving average.
+    assert whole.trained == 3 * whole.gradients
 
 
 def test_work_is_the_forwards_of_the_plan(monkeypatch):
@@ -159,7 +160,7 @@ def test_models_that_nothing_is_known_of_are_named(monkeypatch):
 
 def test_the_command_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    given = ["--config", "assets/recipes/lab_flow_grpo.yaml", f"policy.model={tiny()}"]
+    given = ["--config", "assets/recipes/lab_flow_grpo.yaml", "--gpus", "4", f"policy.model={tiny()}"]
     assert main(["plan", *given, "--json", str(tmp_path / "plan.json")]) == 0
     said = capsys.readouterr().out
     for word in ("forwards an iteration", "one forward", "ddp", "zero3", "fits"):

@@ -31,6 +31,7 @@ CAPTIONERS = {
     "lab_holistic",
     "lab_igpo",
     "lab_pow3r",
+    "lab_sft",
     "lab_trust_grpo",
     "lab_tw_grpo",
 }
@@ -87,6 +88,7 @@ def test_a_recipe_of_the_labs_captioner_runs(name, tmp_path, monkeypatch):
     assert result["iterations"] == 2
     assert 0 <= result["heldout"]["hallucination"]["trained"] <= 1
     assert result["forwards"]["train"] <= 2 * 4
+    assert result["heldout"]["reference_log_prob"]["trained"] < 0
     assert result["forwards"]["sample"] <= 2 * 4 * 11
 
 

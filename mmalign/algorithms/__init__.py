@@ -31,6 +31,7 @@ ALGORITHMS: dict[str, str] = {
     "pref_grpo": "mmalign.algorithms.pref_grpo:PrefGRPO",
     "refl": "mmalign.algorithms.refl:ReFL",
     "sage_grpo": "mmalign.algorithms.sage_grpo:SAGEGRPO",
+    "sft": "mmalign.algorithms.sft:SFT",
     "srpo": "mmalign.algorithms.srpo:SRPO",
     "tempflow_grpo": "mmalign.algorithms.tempflow_grpo:TempFlowGRPO",
     "trajectory_balance": "mmalign.algorithms.trajectory_balance:TrajectoryBalance",
