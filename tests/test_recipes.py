@@ -35,7 +35,21 @@ CAPTIONERS = {
     "lab_trust_grpo",
     "lab_tw_grpo",
 }
-REAL = {"qwen3vl_claimdiff", "smolvlm_claimdiff"}  # their weights are not here
+# Their weights are not here; test_planning.py runs those of flow models without.
+REAL = {
+    "flux_mix_grpo",
+    "hunyuan_dance_grpo",
+    "kontext_flow_grpo",
+    "qwen3vl_claimdiff",
+    "qwen_image_fast",
+    "sd35_diffusion_nft",
+    "sd35_flow_grpo",
+    "sdxl_ddpo",
+    "smolvlm_claimdiff",
+    "wan21_flow_grpo",
+    "wan22_nft",
+    "z_image_nft",
+}
 VIDEOS = {"lab_video_g2rpo", "lab_video_grpo", "lab_video_nft"}  # on the lab's own video model
 LAUNCHERS = sorted((ROOT / "assets/accelerate").glob("*.yaml"))
 
