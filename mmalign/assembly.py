@@ -390,7 +390,7 @@ def cost_of(config: RunConfig, algorithm: Algorithm, policy: FlowPolicy | Captio
     if isinstance(policy, CaptionPolicy):
         written = float(config.prompts.per_iteration * size)
         given = algorithm.plans(0, config.training.seed)[0].given
-        longest = 0 if given else config.policy.text.max_tokens - 1
+        longest = 0 if given or config.policy.rollout.url else config.policy.text.max_tokens - 1
         return {"sample": written * longest, "train": written, "reference": written * frozen}
     rows = policy.adapter.rows(config.policy.guidance)
     member = torch.arange(size)

@@ -94,7 +94,22 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="start over: remove what an earlier run left in run.dir"
     )
     train.add_argument("--plan", action="store_true", help="check everything, print the plan, and stop")
+    train.add_argument(
+        "--dry-run", action="store_true", help="the same without weights and rewards, and what it will cost"
+    )
+    add_devices(train)
     add_overrides(train)
+
+    planned = command(
+        "plan",
+        plan_command,
+        "What a run will cost: memory, arithmetic and time, without its weights.",
+        settings=True,
+    )
+    planned.add_argument("--config", required=True, metavar="FILE", help="recipe, by its file or name")
+    planned.add_argument("--json", metavar="FILE", help="write the numbers there")
+    add_devices(planned)
+    add_overrides(planned)
 
     sample = command(
         "sample", sample_command, "Draw labelled grids of prompts x seeds, before and after training."
@@ -209,6 +224,20 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
     return top
 
 
+def add_devices(part: argparse.ArgumentParser) -> None:
+    """What a plan without weights reckons with."""
+    part.add_argument("--gpus", type=int, default=1, help="devices (default 1)")
+    part.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
+    part.add_argument(
+        "--gpu-tflops",
+        type=float,
+        default=990.0,
+        metavar="N",
+        help="of each, at the run's precision (default 990, an H100 in bf16)",
+    )
+    part.add_argument("--utilization", type=float, default=0.4, metavar="SHARE", help="of that (default 0.4)")
+
+
 def add_overrides(part: argparse.ArgumentParser) -> None:
     part.add_argument(
         "overrides", nargs="*", metavar="section.field=value", help="settings put over those of the file"
@@ -247,6 +276,8 @@ def train_command(options: argparse.Namespace) -> int:
     from mmalign.scoring import RewardError
     from mmalign.trainer import TrainingError
 
+    if options.dry_run:
+        return plan_command(options)
     config = early(lambda: load_config(options.config, options.overrides))
     folder = Path(config.run.dir)
     going_on = None if options.fresh else checkpoints.latest(folder)
@@ -276,6 +307,22 @@ def train_command(options: argparse.Namespace) -> int:
         return STOPPED
     if result:
         print(result_text(result, folder))
+    return 0
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    from mmalign import planning
+    from mmalign.config import load_config, recipe
+
+    config = early(lambda: load_config(recipe(options.config), options.overrides))
+    plan, found = early(
+        lambda: planning.rehearse(
+            config, options.gpus, options.gpu_memory, options.gpu_tflops, options.utilization
+        )
+    )
+    print(plan_text(config, plan, []), planning.page(found, options.gpu_memory, options.gpus), sep="\n\n")
+    if file := getattr(options, "json", None):
+        Path(file).write_text(json.dumps({"plan": plan, **found.to_dict()}, indent=1) + "\n")
     return 0
 
 

@@ -275,6 +275,9 @@ class PolicySettings:
     max_sequence_length: int = 256  # tokens of the T5 encoder, where the family has one
     precision: str = "fp32"  # fp32, bf16 or fp16 for the frozen weights and the forward pass
     leave_out: tuple[str, ...] = ()  # components not to load: text_encoder_3 saves the memory of T5
+    # Network rows of one forward in sampling, or texts written at once; raise it until the device is busy,
+    # lower it if memory runs out: results stay the same.
+    chunk: int = 64
     gradient_checkpointing: bool = False  # saves memory, costs a third more time in the update
     lora: LoraSettings = field(default_factory=LoraSettings)
     text: TextSettings = field(default_factory=TextSettings)

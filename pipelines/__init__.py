@@ -54,12 +54,11 @@ def load(
     device: torch.device | str = "cpu",
     *,
     split: Split = "whole",
-    chunk: int = 64,
     seed: int = 0,
 ) -> FlowPolicy | CaptionPolicy:
     """The policy over `settings.model`, a local folder or a hub id; errors name the setting and its mend.
 
-    noise, split: of a flow model. chunk, seed: see `FlowPolicy` and `CaptionPolicy`.
+    noise, split: of a flow model. seed: of fresh adapters.
     """
     if settings.precision not in DTYPES:
         raise ValueError(f"policy.precision must be one of {', '.join(DTYPES)}, got {settings.precision!r}")
@@ -67,14 +66,16 @@ def load(
     if Path(settings.model).expanduser().is_dir():
         hide_bars()
     if kind == CAPTIONER:
-        return CaptionPolicy(caption_adapter(settings), settings, device, chunk=chunk, seed=seed)
+        return CaptionPolicy(caption_adapter(settings), settings, device, chunk=settings.chunk, seed=seed)
+    if settings.rollout.url:
+        raise ValueError("policy.rollout is of captioners, and policy.model draws pictures")
     module, _, name = ADAPTERS[kind].partition(":")
     family = getattr(importlib.import_module(module), name)
     try:
         adapter: FlowAdapter = family(settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {settings.model} does not load as a pipeline: {error}") from error
-    return FlowPolicy(adapter, settings, noise, device, split=split, chunk=chunk, seed=seed)
+    return FlowPolicy(adapter, settings, noise, device, split=split, chunk=settings.chunk, seed=seed)
 
 
 def caption_adapter(settings: PolicySettings) -> CaptionAdapter:

@@ -191,9 +191,8 @@ class CaptionPolicy:
         token = torch.zeros(shape, dtype=torch.int64)
         mask = torch.zeros(shape, dtype=torch.bool)
         likely = torch.zeros(shape)
-        requests = [self._request(prompts.take(torch.tensor([row])), key) for row in range(len(prompts))]
         never = set(self.adapter.banned)
-        for row, text in enumerate(self.server.write(requests)):
+        for row, text in enumerate(self.server.write(self._requests(prompts, key))):
             count = len(text.tokens)
             odd = sorted(never & set(text.tokens))
             if count > shape[1] or odd:
@@ -206,25 +205,28 @@ class CaptionPolicy:
             likely[row, :count] = torch.tensor(text.log_prob)
         return token.to(self.device), mask.to(self.device), likely.to(self.device)
 
-    def _request(self, prompt: Prompts, key: Key) -> Request:
-        """One prompt as the server reads it; a picture goes as PNG in the message."""
-        shown = _shown(prompt.text[0], prompt.extra[0])
-        if not isinstance(shown, str):
-            raise ValueError("policy.rollout: a server is asked about pictures, not videos")
-        read = self._inputs(prompt.text[0], shown)["input_ids"].shape[1]
-        content = [
-            {"type": "image_url", "image_url": {"url": in_message(open_picture(shown))}},
-            {"type": "text", "text": prompt.text[0]},
-        ]
-        name = (int(prompt.group[0]), int(prompt.member[0]))
-        body = {
-            "messages": [{"role": "user", "content": content}],
-            "temperature": self.text.temperature,
-            "max_tokens": self.text.max_tokens,
-            "seed": seed_of(*key, "token", *name) % 2**31,
-            "logit_bias": {str(number): -100 for number in self.adapter.banned},
-        }
-        return Request(body, read)
+    def _requests(self, prompts: Prompts, key: Key) -> list[Request]:
+        """Each prompt as the server reads it, pictures as PNG in the message; members differ in seeds."""
+        asked_for: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}
+        requests = []
+        names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
+        for text, extra, name in zip(prompts.text, prompts.extra, names, strict=True):
+            shown = _shown(text, extra)
+            if not isinstance(shown, str):
+                raise ValueError("policy.rollout: a server is asked about pictures, not videos")
+            if (text, shown) not in asked_for:
+                url = {"url": in_message(open_picture(shown))}
+                content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": text}]
+                body: dict[str, Any] = {
+                    "messages": [{"role": "user", "content": content}],
+                    "temperature": self.text.temperature,
+                    "max_tokens": self.text.max_tokens,
+                    "logit_bias": {str(number): -100 for number in self.adapter.banned},
+                }
+                asked_for[text, shown] = body, self._inputs(text, shown)["input_ids"].shape[1]
+            body, read = asked_for[text, shown]
+            requests.append(Request({**body, "seed": seed_of(*key, "token", *name) % 2**31}, read))
+        return requests
 
     def _fingerprint(self) -> str:
         """The same for equal weights alone."""

@@ -35,14 +35,19 @@ class StableDiffusion:
     component = "unet"
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, settings: PolicySettings) -> None:
+    def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
         from diffusers import StableDiffusionPipeline
 
         # Neither filters of finished pictures nor image prompts take part in training.
         absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-        self._read(StableDiffusionPipeline, settings, absent | {"requires_safety_checker": False})
+        self._read(StableDiffusionPipeline, settings, absent | {"requires_safety_checker": False}, pipeline)
 
-    def _read(self, kind: Any, settings: PolicySettings, parts: dict[str, Any]) -> None:
+    @property
+    def config(self) -> Any:
+        """Of the denoiser."""
+        return self.pipeline.unet.config
+
+    def _read(self, kind: Any, settings: PolicySettings, parts: dict[str, Any], pipeline: Any) -> None:
         from diffusers import DDIMScheduler
 
         if settings.leave_out:
@@ -54,7 +59,7 @@ class StableDiffusion:
             "default": frozen,
         }
         self.rescale = settings.guidance_rescale
-        self.pipeline: Any = kind.from_pretrained(settings.model, dtype=dtypes, **parts)
+        self.pipeline: Any = pipeline or kind.from_pretrained(settings.model, dtype=dtypes, **parts)
         self.network: nn.Module = self.pipeline.unet
         config = self.pipeline.scheduler.config
         if "beta_schedule" not in config:
@@ -79,7 +84,7 @@ class StableDiffusion:
         return int(self.pipeline.vae_scale_factor)
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        scale, config = self.scale, self.pipeline.unet.config
+        scale, config = self.scale, self.config
         cell, own = math.lcm(scale, 8), config.sample_size
         sides = [own, own] if isinstance(own, int) else list(own)
         shape = [config.in_channels]
@@ -159,10 +164,11 @@ class StableDiffusion:
 class StableDiffusionXL(StableDiffusion):
     """Adapter of `StableDiffusionXLPipeline`; an empty text is zeros where the model wants it so."""
 
-    def __init__(self, settings: PolicySettings) -> None:
+    def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
         from diffusers import StableDiffusionXLPipeline
 
-        self._read(StableDiffusionXLPipeline, settings, {"feature_extractor": None, "image_encoder": None})
+        absent = {"feature_extractor": None, "image_encoder": None}
+        self._read(StableDiffusionXLPipeline, settings, absent, pipeline)
 
     def encode(self, text: str) -> Condition:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

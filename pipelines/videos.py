@@ -58,7 +58,9 @@ def _decoded(file: str, count: int | None) -> Video:
         raise ValueError(f"{file} is a video file: policy.frames must say how many of its frames are read")
     decoder = next((name for name, package in DECODERS.items() if find_spec(package)), None)
     if decoder is None:
-        raise ImportError(f"{file} needs a decoder: pip install av; or name a folder of its frames")
+        raise ImportError(
+            f"{file} needs a decoder: pip install 'mmalign[video]'; or name a folder of its frames"
+        )
 
     def choose(metadata: Any, **_: Any) -> list[int]:
         return evenly(int(metadata.total_num_frames), count)

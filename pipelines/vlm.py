@@ -158,7 +158,7 @@ class VisionLanguage:
         if self._counts_itself:
             delta: Tensor = bare(network).model.rope_deltas
             following = following + delta.flatten().to(following)
-        return Prefix(read.logits[:, -1], read.past_key_values, mask, following)
+        return Prefix(read.logits[:, -1], getattr(read, self._past), mask, following)
 
     @property
     def _counts_itself(self) -> bool:
@@ -183,7 +183,7 @@ class VisionLanguage:
             use_cache=True,
             **{self._past: cache},
         )
-        return read.logits, Prefix(prefix.logits, read.past_key_values, mask, position)
+        return read.logits, Prefix(prefix.logits, getattr(read, self._past), mask, position)
 
 
 def ends(named: Sequence[int | None]) -> list[int]:

@@ -20,7 +20,7 @@ from mmalign.contracts import LoraSettings, PolicySettings, TextSettings
 from mmalign.data import Prompt, PromptSource, read_prompts
 from mmalign.pipelines import load
 from mmalign.pipelines.captioner import CaptionPolicy, by_length
-from mmalign.records import Outcome, Plan, Prompts, RewardSignal
+from mmalign.records import Outcome, Plan, Prompts, RewardSignal, Trajectory
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
 from mmalign.trainer import Trainer, TrainingSettings
@@ -94,6 +94,22 @@ def test_loss_and_gradient_are_those_of_cross_entropy(length):
             assert_close(mine.grad, other.grad * clip, atol=1e-6, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("length", "wanted"), [("token", [1 / 7, 1 / 7, 1 / 5]), ("text", [1 / 10, 1 / 4, 1 / 5])]
+)
+def test_weights_sum_to_one_over_each_update_whatever_the_rewards_say(length, wanted):
+    """Texts of 5 and 2 tokens in one update, one of 5 in another; no reward has a verdict."""
+    mask = torch.arange(5) < torch.tensor([5, 2, 5])[:, None]
+    prompts = Prompts(["x"] * 3, torch.arange(3), torch.zeros(3).long(), [{}] * 3)
+    trajectory = Trajectory(Outcome(prompts, ["x"] * 3), torch.zeros(3, 5), mask, {}, GIVEN)
+    nothing = RewardSignal("length", torch.full((3, 1), torch.nan))
+    credit = SFT(length).build({"length": 1.0}).credit
+    advantage = credit([nothing], trajectory, lambda where, t: torch.ones(1), None, torch.tensor([0, 0, 1]))
+    assert_close(advantage.weight, mask * torch.tensor(wanted)[:, None])
+    assert advantage.values.shape == (1, 3, 1)
+    assert bool((advantage.values == 1).all())
+
+
 def test_references_are_tokens_as_the_policy_would_write_them():
     policy = policy_of()
     prompts = asked(taught())
@@ -143,6 +159,7 @@ def test_picks_are_padded_little():
     assert padding(sorted_) < padding(list(torch.arange(40).split(8))) / 3
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_stopped_run_ends_as_one_that_ran_through(tmp_path):
     through = trainer(SFT(), policy_of(), iterations=4)
     before = through.policy.reference_log_prob(asked(taught()))
@@ -160,9 +177,10 @@ SMALL = [
     "prompts.per_iteration=4",
     "policy.text.max_tokens=16",
     "policy.lora={rank: 4, alpha: 8}",
-    "training.iterations=2",
+    "training.iterations=1",
     "training.updates=1",
-    "evaluation.prompts=3",
+    "evaluation.prompts=2",
+    "evaluation.seeds=1",
     "run.tensorboard=false",
 ]
 

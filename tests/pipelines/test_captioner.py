@@ -184,6 +184,16 @@ def test_a_text_ends_once(folder, files):
         assert ends[row].any() or length[row] == 12
 
 
+def test_a_reference_ends_as_the_chat_template_ends_a_turn(folder):
+    adapter = policy_of(folder).adapter
+    stop, end = adapter.tokenizer.convert_tokens_to_ids([".", "<end>"])
+    assert adapter.end == end  # a template that ends no turn
+    adapter = policy_of(folder).adapter
+    adapter.ends = [end, stop]
+    adapter.processor.chat_template += "{% if not add_generation_prompt %} . left{% endif %}"
+    assert adapter.end == stop
+
+
 def test_draws_follow_the_distribution():
     log_p = torch.tensor([0.5, 0.3, 0.0, 0.2]).log().expand(4000, 4)
     chance = (torch.arange(4000) + 0.5) / 4000

@@ -15,17 +15,21 @@ from typing import Any
 import pytest
 import torch
 from captioners import pictures, tiny_captioner, tiny_llava
+from runs import ROOT
 from test_captioner import KEY, asked, policy_of, stir
 from torch.testing import assert_close
 
 from mmalign.algorithms.grpo import GRPO
-from mmalign.contracts import LoraSettings, RolloutError, RolloutSettings, TextSettings
+from mmalign.cli import main
+from mmalign.contracts import LoraSettings, PolicySettings, RolloutError, RolloutSettings, TextSettings
 from mmalign.data import Prompt, PromptSource
 from mmalign.mismatch import corrected, importance, mismatch
 from mmalign.overlap import joined
+from mmalign.pipelines import load
 from mmalign.pipelines.captioner import CaptionPolicy
 from mmalign.records import Advantage, Behavior, Outcome, Plan, Prompts, RewardSignal, Trajectory
 from mmalign.scoring import Scorer
+from mmalign.sde import Noise
 from mmalign.trainer import Trainer, TrainingSettings
 
 TEXT = TextSettings(max_tokens=8)
@@ -200,6 +204,14 @@ def test_slow_and_dead_servers_are_errors(engine, files):
         policy.check(asked(files))
 
 
+def test_a_run_does_not_begin_without_its_server(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    rollout = f"{{url: 'http://127.0.0.1:9/v1', folder: {tmp_path}, retries: 0}}"
+    given = ["--config", "assets/recipes/lab_holistic.yaml", f"policy.rollout={rollout}"]
+    assert main(["train", *given, f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "http://127.0.0.1:9/v1/models gave no answer: ConnectError" in capsys.readouterr().err
+
+
 def test_what_the_server_does_not_serve_or_read_alike_is_said(engine, files):
     policy = policy_of(engine.model, TEXT, rollout=RolloutSettings(engine.url, "other", str(engine.place)))
     with pytest.raises(RolloutError, match="serves base, not other"):
@@ -245,6 +257,12 @@ def drawn(log_prob: list[list[float]], behavior: list[list[float]], cap: float =
         Plan(1),
         behavior=Behavior(torch.tensor(behavior), cap),
     )
+
+
+def test_a_model_that_draws_has_no_use_for_it(tmp_path):
+    rollout = RolloutSettings("http://localhost:1/v1", "", str(tmp_path))
+    with pytest.raises(ValueError, match=r"policy\.rollout is of captioners"):
+        load(PolicySettings(str(ROOT / "assets/lab/flow"), rollout=rollout), Noise())
 
 
 def test_importance_weights_make_the_engines_mean_the_policys():

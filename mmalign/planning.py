@@ -1,0 +1,463 @@
+"""What a run will cost, before any weights are loaded: memory of a device, arithmetic, time, what to change.
+
+The real network is run on the meta device, where tensors have shapes but no content: every byte that its
+forward and backward keep alive is counted (`live_bytes`), and every multiplication (torch's own counter).
+Attention counts as a fused kernel, which keeps no matrix of scores.
+
+    weights      those of the networks, in the precision they are kept in
+    trained      4 bytes a trained parameter, and as many for each frozen copy and each average
+    gradients    4 bytes a trained parameter           optimizer    8 bytes (two moments of AdamW)
+    activations  the most that forward and backward of one minibatch keep alive at once
+    sampling     the most that a forward of `policy.chunk` rows keeps alive
+    samples      states, means and next states of the actions of an iteration, on the device
+    decoding     the most that decoding one chunk of latents keeps alive
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mmalign.assembly import check_kind, check_noise, compose, composed, cost_of, derive
+from mmalign.config import ConfigError, RunConfig
+from mmalign.data import PromptSource, read_prompts
+from mmalign.pipelines.blueprint import META, blank_policy, blank_text
+from mmalign.pipelines.flow import DECODED_PLACES, FlowPolicy
+from mmalign.records import Plan
+
+Sharding = Literal["ddp", "zero2", "zero3"]
+SHARDINGS: dict[Sharding, str] = {
+    "ddp": "DDP, nothing is shared out",
+    "zero2": "DeepSpeed ZeRO-2, gradients and optimizer are",
+    "zero3": "FSDP2 or DeepSpeed ZeRO-3, the weights as well",
+}
+RESERVED = 0.08  # share of a device that the runtime, its libraries and fragmentation take
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device at the worst moment of an iteration."""
+
+    weights: float
+    trained: float
+    gradients: float
+    optimizer: float
+    activations: float
+    samples: float
+    sampling: float
+    decoding: float
+
+    @property
+    def peak(self) -> float:
+        """The update, the sampling or the decoding, whichever needs most, beside all that stays."""
+        stays = self.weights + self.trained + self.optimizer + self.samples
+        return stays + max(self.gradients + self.activations, self.sampling, self.decoding)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One iteration over all devices: network rows of each kind, their operations, the seconds they take."""
+
+    sample: float
+    train: float
+    reference: float
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network row, and the bytes that a minibatch keeps alive.
+
+    forward_flops: of one row. plain, checkpointed: bytes of a minibatch without and with gradient
+    checkpointing. sampling: bytes of a forward in sampling. decoding: bytes of one chunk.
+    """
+
+    parameters: int
+    trained: int
+    frozen_bytes: int
+    forward_flops: float
+    plain: float
+    checkpointed: float
+    sampling: float
+    decoding: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `mmalign plan` tells."""
+
+    measured: Measured
+    memory: Mapping[Sharding, Memory]
+    work: Work
+    advice: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        peaks = {name: memory.peak for name, memory in self.memory.items()}
+        return asdict(self) | {"peak": peaks}
+
+
+# ---- counting
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages that operations make, for as long as anything holds them."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        if storage in self._seen:
+            return
+        self._seen[storage] = True
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, size)
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+class _Fused(torch.autograd.Function):
+    """What a fused attention keeps: its inputs, its output and a number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[Callable[[], float]]:
+    """Attention as a fused kernel has it; gives the floating-point operations of its products so far."""
+    real, spent = F.scaled_dot_product_attention, [0.0]
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+        heads = math.prod(query.shape[:-2])
+        spent[0] += 2 * heads * query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        if key.shape[-3] != query.shape[-3]:  # grouped queries
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        out: Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
+        return out
+
+    F.scaled_dot_product_attention = fused
+    try:
+        yield lambda: spent[0]
+    finally:
+        F.scaled_dot_product_attention = real
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Bytes after a forward, at the worst moment of it and its backward, and that its largest block leaves.
+
+    flops: operations of the forward.
+    """
+
+    kept: float
+    peak: float
+    block: float
+    flops: float
+
+
+def live_bytes(network: nn.Module, run: Callable[[], Tensor], backward: bool = True) -> Alive:
+    """What one forward of the network and its backward keep alive; parameters and gradients count nothing.
+
+    run: the forward, on the meta device.
+    """
+    with _fused_attention() as spent, FlopCounterMode(display=False) as counter:
+        live = _Live([*network.parameters(), *network.buffers()])
+        with live, _largest(network, live) as largest:
+            out = run()
+            kept, flops = live.now, counter.get_total_flops() + spent()
+            if backward:
+                out.float().square().mean().backward()  # type: ignore[no-untyped-call]
+            peak = live.peak
+    grads = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
+    for parameter in network.parameters():
+        parameter.grad = None
+    return Alive(float(kept), float(peak - grads), float(largest[0]), float(flops))
+
+
+@contextmanager
+def _largest(network: nn.Module, live: _Live) -> Iterator[list[int]]:
+    """The most bytes that one of the network's blocks leaves for its backward."""
+    before: list[int] = []
+    most = [0]
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        before.append(live.now)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        most[0] = max(most[0], live.now - before.pop())
+
+    blocks = _blocks(network)
+    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    hooks += [block.register_forward_hook(leave, with_kwargs=True) for block in blocks]
+    try:
+        yield most
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def measure(policy: FlowPolicy, rows: int) -> Measured:
+    """What the network of a policy without weights needs for a minibatch of so many rows, and to decode."""
+    adapter, network = policy.adapter, policy.module
+    text = blank_text(policy)
+    guidance = policy.settings.guidance
+    each = adapter.rows(guidance)
+    size = max(1, rows // each)
+
+    def forward(count: int) -> Tensor:
+        seen = {name: value.expand(count, *value.shape) for name, value in text.items()}
+        x, sigma = torch.empty(count, *policy.shape, device=META), torch.empty(count, device=META)
+        found: Tensor = adapter.velocity(network, x, sigma, seen, seen if each == 2 else None, guidance)
+        return found
+
+    _checkpointing(network, False)
+    whole = live_bytes(network, lambda: forward(size))
+    _checkpointing(network, True)
+    few = live_bytes(network, lambda: forward(size), backward=False)
+    _checkpointing(network, policy.settings.gradient_checkpointing)
+    # What checkpointing keeps, and one block as it is computed again and differentiated.
+    again = min(whole.peak, few.kept + whole.block + (whole.peak - whole.kept))
+    chunk = max(1, DECODED_PLACES // math.prod(policy.shape[1:]))
+    vae = adapter.pipeline.vae
+    with torch.no_grad():
+        rows_at_once = max(1, policy.chunk // each)
+        sampling = live_bytes(network, lambda: forward(rows_at_once), backward=False)
+        decoding = live_bytes(
+            vae, lambda: adapter.decode(torch.empty(chunk, *policy.shape, device=META)), backward=False
+        )
+    parts = [part for part in adapter.pipeline.components.values() if isinstance(part, nn.Module)]
+    trained = [p for p in network.parameters() if p.requires_grad]
+    frozen = sum(p.nbytes for part in parts for p in part.parameters() if not p.requires_grad)
+    return Measured(
+        parameters=sum(p.numel() for p in network.parameters()),
+        trained=sum(p.numel() for p in trained),
+        frozen_bytes=frozen,
+        forward_flops=whole.flops / (size * each),
+        plain=whole.peak,
+        checkpointed=again,
+        sampling=sampling.peak,
+        decoding=decoding.peak,
+    )
+
+
+def _checkpointing(network: nn.Module, on: bool) -> None:
+    for part in [network, *network.children()]:
+        name = "enable_gradient_checkpointing" if on else "disable_gradient_checkpointing"
+        switch: Any = getattr(part, name, None)
+        if switch is not None:
+            switch()
+    network.train(on)  # blocks are checkpointed in training alone
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """The layers that checkpointing would compute again one by one: those of the lists of a network."""
+    lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
+    inner = {id(part) for found in lists for block in found for part in block.modules()}
+    return [block for found in lists if id(found) not in inner for block in found]
+
+
+# ---- the estimate
+
+
+def estimate(
+    config: RunConfig,
+    cost: Mapping[str, float],
+    plans: list[Plan],
+    copies: int,
+    measured: Measured,
+    shape: tuple[int, ...],
+    gpus: int = 1,
+    gpu_memory: float = 80.0,
+    tflops: float = 990.0,
+    utilization: float = 0.4,
+) -> Estimate:
+    """Memory, work and advice. cost: rows of an iteration by kind; copies: frozen copies and averages.
+
+    gpu_memory: GiB of each device. tflops: what a device could do at the run's precision. utilization: the
+    share of it that is reached.
+    """
+    if gpus < 1 or not gpu_memory > 0 or not tflops > 0 or not 0 < utilization <= 1:
+        raise ConfigError(
+            "--gpus must be at least 1, --gpu-memory and --gpu-tflops positive and --utilization in (0, 1], "
+            f"got {gpus}, {gpu_memory}, {tflops}, {utilization}"
+        )
+    memory = {name: _memory(config, measured, plans, copies, shape, gpus, name) for name in SHARDINGS}
+    rows = cost["sample"] + 3 * cost["train"] + cost["reference"]
+    again = cost["train"] if config.policy.gradient_checkpointing else 0.0
+    flops = (rows + again) * measured.forward_flops
+    work = Work(
+        cost["sample"],
+        cost["train"],
+        cost["reference"],
+        flops,
+        flops / (tflops * 1e12 * utilization * gpus),
+    )
+    room = gpu_memory * GIB * (1 - RESERVED)
+    return Estimate(measured, memory, work, _advice(config, measured, memory, room, gpus))
+
+
+def _memory(
+    config: RunConfig,
+    measured: Measured,
+    plans: list[Plan],
+    copies: int,
+    shape: tuple[int, ...],
+    gpus: int,
+    sharding: Sharding,
+) -> Memory:
+    n = measured.trained
+    weights = gpus if sharding == "zero3" else 1
+    states = gpus if sharding != "ddp" else 1
+    each = -(-config.prompts.per_iteration * config.prompts.group // gpus)
+    actions = sum(plan.actions for plan in plans)
+    latent = 4 * math.prod(shape)
+    # State, next state and mean of each action, and the finished sample.
+    samples = each * latent * (3 * actions + 1)
+    return Memory(
+        weights=measured.frozen_bytes / weights,
+        trained=4 * n * (1 + copies) / weights,
+        gradients=4 * n / states,
+        optimizer=8 * n / states,
+        activations=measured.checkpointed if config.policy.gradient_checkpointing else measured.plain,
+        samples=samples,
+        sampling=measured.sampling,
+        decoding=measured.decoding,
+    )
+
+
+def _advice(
+    config: RunConfig, measured: Measured, memory: Mapping[Sharding, Memory], room: float, gpus: int
+) -> list[str]:
+    """What to change, by what it costs least, each with what it saves; nothing where the run fits."""
+    now = memory["ddp"]
+    if now.peak <= room:
+        return []
+    said: list[str] = [f"it needs {now.peak / GIB:.1f} GiB of {room / GIB:.1f}; in this order:"]
+    policy = config.policy
+    saved = measured.plain - measured.checkpointed
+    if not policy.gradient_checkpointing and saved > 0.02 * GIB:
+        said.append(
+            f"policy.gradient_checkpointing=true saves {saved / GIB:.1f} GiB for a forward more in training"
+        )
+    update = now.gradients + now.activations
+    if now.sampling > update and policy.chunk > 1:
+        fewer = max(1, int(policy.chunk * update / now.sampling))
+        less = (now.sampling - max(update, now.sampling * fewer / policy.chunk)) / GIB
+        said.append(f"policy.chunk={fewer} saves {less:.1f} GiB; results stay the same")
+    if config.training.batch > 1:
+        half = (measured.checkpointed if policy.gradient_checkpointing else measured.plain) / 2
+        said.append(
+            f"training.batch={config.training.batch // 2} saves {half / GIB:.1f} GiB; results stay the same"
+        )
+    if policy.precision == "fp32":
+        said.append(f"policy.precision=bf16 saves {measured.frozen_bytes / 2 / GIB:.1f} GiB")
+    if not policy.lora.rank:
+        full = 16 * measured.trained / GIB
+        said.append(f"policy.lora.rank=32 trains adapters alone: about {full:.1f} GiB less")
+    if gpus > 1:
+        for name in ("zero2", "zero3"):
+            less = now.peak - memory[name].peak  # type: ignore[index]
+            if less > 0.02 * GIB:
+                said.append(f"{SHARDINGS[name]}: saves {less / GIB:.1f} GiB on each device")  # type: ignore[index]
+    said.append("policy.height and policy.width: activations grow with their product")
+    return said
+
+
+# ---- the page
+
+
+def page(found: Estimate, gpu_memory: float, gpus: int) -> str:
+    """The estimate as text."""
+    m, work = found.measured, found.work
+    lines = [
+        f"network              {m.parameters:,} parameters, of which {m.trained:,} are trained",
+        f"one forward          {m.forward_flops / 1e12:.3f} TFLOP a row",
+        f"activations          {m.plain / GIB:.2f} GiB a minibatch, {m.checkpointed / GIB:.2f} checkpointed",
+        "",
+        "GiB on each device   " + "".join(f"{name:>12}" for name in (*Memory.__dataclass_fields__, "peak")),
+    ]
+    for name, memory in found.memory.items():
+        cells = "".join(f"{value / GIB:>12.2f}" for value in (*asdict(memory).values(), memory.peak))
+        fits = "fits" if memory.peak <= gpu_memory * GIB * (1 - RESERVED) else "does NOT fit"
+        lines.append(f"{name:<21}{cells}  {fits}")
+    lines += [
+        "",
+        f"an iteration         {work.sample:,.0f} rows to sample, {work.train:,.0f} to train, at most "
+        f"{work.reference:,.0f} of frozen copies",
+        f"                     {work.flops / 1e15:.2f} PFLOP, {work.seconds:.1f} s on {gpus} device"
+        + ("s" if gpus > 1 else "")
+        + ", without rewards, decoding and texts",
+    ]
+    return "\n".join([*lines, *(["", *found.advice] if found.advice else [])])
+
+
+def rehearse(
+    config: RunConfig,
+    gpus: int = 1,
+    gpu_memory: float = 80.0,
+    tflops: float = 990.0,
+    utilization: float = 0.4,
+) -> tuple[dict[str, Any], Estimate]:
+    """Everything about a run that can be known without weights and rewards: its plan, and what it will cost.
+
+    Raises ConfigError or ValueError with the setting to mend, as the run itself would.
+    """
+    source = PromptSource.read(config.prompts, config.training.seed)
+    source.check_split(gpus)
+    read_prompts(config.prompts.heldout_file or config.prompts.file)
+    weights = {name: reward.schedule for name, reward in config.rewards.items()}
+    composer = compose(config, weights, [prompt.text for prompt in source.prompts])
+    algorithm = composed(config.algorithm.build(composer.shares), composer)
+    check_noise(algorithm, config.training.seed)
+    try:
+        policy = blank_policy(config.policy, algorithm.noise, algorithm.split)
+        measured = measure(policy, config.training.batch)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    check_kind(config, policy, algorithm)
+    cost = cost_of(config, algorithm, policy)
+    plan = derive(config, algorithm, policy, cost, gpus, len(source.prompts))
+    plan = {"latent": " x ".join(map(str, policy.shape)), **plan}
+    copies = len(algorithm.copies) + (config.training.ema_decay > 0)
+    plans = algorithm.plans(0, config.training.seed)
+    found = estimate(
+        config, cost, plans, copies, measured, policy.shape, gpus, gpu_memory, tflops, utilization
+    )
+    return plan, found
