@@ -181,3 +181,11 @@ def test_a_folder_without_a_detector_is_refused(tmp_path):
         load("artifact", detector=str(tmp_path))
     with pytest.raises(ValueError, match="grain must be one of sample, region"):
         load("artifact", grain="token")
+
+
+def test_the_shipped_detector_is_small_and_knows_kinds_it_was_taught(tmp_path):
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 1_000_000
+    data = read_labeled(labeled(tmp_path / "set", 40))
+    found = evaluate_detector(Detector.load(str(SHIPPED)), data)
+    assert found["seen"]["auc"] > 0.95
+    assert found["seen"]["pointing"] > 0.8
