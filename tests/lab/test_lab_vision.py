@@ -212,7 +212,7 @@ def test_the_teacher_uses_all_prototypes_alike_and_keeps_what_is_nearest():
 def test_a_whole_crop_is_the_picture_and_a_part_lies_inside():
     images = torch.rand(5, 3, 64, 64)
     whole = crops(images, (1.0, 1.0), 64, keyed(0, "crop", 0))
-    assert (whole - images).abs().max() < 0.12  # noise of at most 0.02 in its standard deviation
+    assert (whole - images).abs().max() < 0.2  # a tenth of gain, and noise of 0.02 in its standard deviation
     inside = torch.zeros(8, 3, 64, 64)
     inside[:, :, 16:48, 16:48] = 1
     part = crops(inside, (0.4, 0.4), 32, keyed(0, "crop", 1))
