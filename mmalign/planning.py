@@ -319,9 +319,10 @@ def estimate(
             f"got {gpus}, {gpu_memory}, {tflops}, {utilization}"
         )
     memory = {name: _memory(config, measured, plans, copies, shape, gpus, name) for name in SHARDINGS}
-    rows = cost["sample"] + 3 * cost["train"] + cost["reference"]
-    again = cost["train"] if config.policy.gradient_checkpointing else 0.0
-    flops = (rows + again) * measured.forward_flops
+    # A backward is two forwards, or one where the gradient of frozen weights is not taken.
+    trained = (2 if config.policy.lora.rank else 3) + config.policy.gradient_checkpointing
+    rows = cost["sample"] + trained * cost["train"] + cost["reference"]
+    flops = rows * measured.forward_flops
     work = Work(
         cost["sample"],
         cost["train"],

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mmalign.cli import main
 from mmalign.config import ConfigError, load_config
 from mmalign.contracts import LoraSettings, PolicySettings
-from mmalign.pipelines import load
+from mmalign.pipelines import catalog, load
 from mmalign.pipelines.blueprint import blank_policy, blank_text, known_models, read_blueprint
 from mmalign.planning import GIB, SHARDINGS, _fused_attention, _Live, live_bytes, measure, rehearse
 from mmalign.sde import Noise
@@ -46,11 +46,14 @@ REAL = (
 )
 
 
+QUICK = ("sd35_diffusion_nft",)  # the others take most of a minute each
+
+
 def settings(**given) -> PolicySettings:
     return PolicySettings(str(tiny()), **{"max_sequence_length": 16, "lora": LoraSettings(4, 6)} | given)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_shipped_configurations_have_the_published_sizes(model):
     policy = blank_policy(
@@ -131,9 +134,12 @@ def test_work_is_the_forwards_of_the_plan(monkeypatch):
     assert (
         f"{found.work.sample:.0f} to sample, {found.work.train:.0f} to train" in told["forwards an iteration"]
     )
-    flops = (found.work.sample + 3 * found.work.train) * found.measured.forward_flops
+    flops = (found.work.sample + 2 * found.work.train) * found.measured.forward_flops
     assert found.work.flops == pytest.approx(flops)
     assert found.work.seconds == pytest.approx(flops / (10e12 * 0.5 * 2))
+    _, whole = plan("algorithm.kl=0", "policy.lora.rank=0")
+    each = found.work.sample + 3 * found.work.train
+    assert whole.work.flops == pytest.approx(each * whole.measured.forward_flops)
     _, again = plan("algorithm.kl=0", "policy.gradient_checkpointing=true")
     assert again.work.flops == pytest.approx(flops + again.work.train * found.measured.forward_flops)
 
@@ -172,8 +178,18 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REAL)
+def test_every_recipe_of_a_real_model_stands_in_the_table_of_models():
+    listed = {recipe: pipeline for pipeline, recipes in catalog.RECIPES.items() for recipe in recipes}
+    assert set(listed) == set(REAL)
+    for recipe, pipeline in listed.items():
+        model = load_config(ROOT / f"assets/recipes/{recipe}.yaml").policy.model
+        assert read_blueprint(model).pipeline == pipeline
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.nightly) for name in REAL],
+)
 def test_a_recipe_of_a_real_model_is_right_as_far_as_can_be_known(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(ROOT / f"assets/recipes/{name}.yaml")
