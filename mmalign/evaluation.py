@@ -357,13 +357,19 @@ def paired(base: Evaluated, trained: Evaluated, name: str) -> tuple[Tensor, Tens
     return before, after
 
 
+def pooled(media: Tensor) -> Tensor:
+    """Pictures or the frames of videos, by area, [B, channels, 16, 16]; what was pooled stays as it is."""
+    return adaptive_avg_pool2d(media.flatten(1, -3), POOLED)
+
+
 def diversity(images: Tensor, group: Tensor) -> float | None:
     """How much the pictures of one prompt differ: mean over prompts of the mean distance between two of them.
 
-    images: [B, 3, H, W] in [0, 1]; group: [B]. Pictures are pooled to 16 x 16 by area; a distance is the
-    root of the mean square over pixels and channels. 0: all seeds give one picture. None: no prompt has two.
+    images: [B, 3, H, W] or [B, F, 3, H, W] in [0, 1]; group: [B]. Pictures, or frames, are pooled to 16 x 16
+    by area; a distance is the root of the mean square over pixels and channels. 0: all seeds give one
+    picture. None: no prompt has two.
     """
-    small = adaptive_avg_pool2d(images.float(), POOLED).flatten(1).double()
+    small = pooled(images.float()).flatten(1).double()
     distances = []
     for number in sorted(set(group.tolist())):
         members = small[group == number]
@@ -534,14 +540,15 @@ class Evaluator:
         group = self.distributed.gather(prompts.group)[:count]
         features = torch.zeros(len(prompts), 0)
         if self.extract is not None and self.references is not None:
-            if not isinstance(media, Tensor):
-                raise ValueError("distances to reference pictures are of pictures, and this model writes")
+            if not isinstance(media, Tensor) or media.ndim != 4:
+                does = "draws videos" if isinstance(media, Tensor) else "writes"
+                raise ValueError(f"distances to reference pictures are of pictures, and this model {does}")
             features = extracted(self.extract, media, self.settings.batch)
         features = self.distributed.gather(features)[:count]
         keep = torch.tensor([g in self.on_grid for g in prompts.group.tolist()], dtype=torch.bool)
         small: Media
         if isinstance(media, Tensor):
-            small = self.distributed.gather(adaptive_avg_pool2d(media, POOLED))[:count]
+            small = self.distributed.gather(pooled(media))[:count]
             kept = self.distributed.gather(media[keep])
         else:
             small = self.distributed.gather_objects(media)[:count]

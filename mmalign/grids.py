@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+STILLS = 9  # frames of a video on a sheet, at most
 CELL = 192  # pixels of a picture in a grid, about
 GAP, LABEL, MARGIN = 8, 200, 16
 INK, SOFT, PAPER, RULE = (24, 24, 27), (113, 113, 122), (255, 255, 255), (228, 228, 231)
@@ -25,7 +27,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 class Panel:
     """One set of pictures for the same prompts: base, trained, iteration 40, ...
 
-    images: [N * seeds, 3, H, W] in [0, 1], prompt by prompt. captions: what stands under each, or empty.
+    images: [N * seeds, 3, H, W] in [0, 1], or videos [N * seeds, F, 3, H, W], prompt by prompt. captions:
+    what stands under each, or empty.
     """
 
     title: str
@@ -33,8 +36,22 @@ class Panel:
     captions: Sequence[str] = ()
 
 
+def contact_sheet(video: Tensor) -> Tensor:
+    """Frames of a video [F, 3, H, W] side by side, [3, rows * H, columns * W]; of many, nine."""
+    length = len(video)
+    frames = video[torch.linspace(0, length - 1, min(length, STILLS)).round().long()]
+    columns = math.ceil(math.sqrt(len(frames)))
+    rows = math.ceil(len(frames) / columns)
+    sheet = frames.new_ones(rows * columns, *frames.shape[1:])
+    sheet[: len(frames)] = frames
+    high, wide = frames.shape[2:]
+    return sheet.reshape(rows, columns, 3, high, wide).permute(2, 0, 3, 1, 4).reshape(3, rows * high, -1)
+
+
 def to_pil(image: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] to a picture."""
+    """[3, H, W] in [0, 1] to a picture, a video [F, 3, H, W] to a sheet of its frames."""
+    if image.ndim == 4:
+        image = contact_sheet(image)
     pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
 

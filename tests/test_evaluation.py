@@ -71,6 +71,12 @@ def test_black_and_white_are_one_apart_and_equal_pictures_nothing():
     assert diversity(images, torch.tensor([0, 0, 1, 1])) == pytest.approx(0.5)
 
 
+def test_videos_differ_by_their_frames():
+    videos = torch.zeros(2, 4, 3, 8, 8)
+    videos[1, 3] = 1  # one frame of four
+    assert diversity(videos, torch.tensor([0, 0])) == pytest.approx(0.5)
+
+
 def test_diversity_looks_inside_prompts_alone():
     assert diversity(torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]), torch.tensor([0, 1])) is None
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from mmalign.grids import CELL, Panel, cut, fit, font, gallery, grid, to_pil, wrap, write
+from mmalign.grids import CELL, Panel, contact_sheet, cut, fit, font, gallery, grid, to_pil, wrap, write
 
 
 def pictures(count, size=64, seed=0):
@@ -77,3 +77,16 @@ def test_long_grids_take_several_files(tmp_path):
     found = write(tmp_path / "deep" / "grid.png", list("abcde"), [panel], "t", rows_per_page=2)
     assert [path.name for path in found] == ["grid.png", "grid_2.png", "grid_3.png", "grid.html"]
     assert_close(cut(panel, 5, slice(2, 4)).images, panel.images[4:8])
+
+
+def test_a_video_is_a_sheet_of_its_frames():
+    video = torch.arange(5).reshape(5, 1, 1, 1).expand(5, 3, 4, 6) / 10
+    sheet = contact_sheet(video)
+    assert sheet.shape == (3, 2 * 4, 3 * 6)
+    assert [sheet[0, 4 * (i // 3), 6 * (i % 3)].item() for i in range(6)] == pytest.approx(
+        [0.0, 0.1, 0.2, 0.3, 0.4, 1.0]  # the last place is empty
+    )
+    long = torch.linspace(0, 1, 33).reshape(33, 1, 1, 1).expand(33, 3, 2, 2)
+    assert contact_sheet(long).shape == (3, 6, 6)
+    assert contact_sheet(long)[0, -1, -1] == 1
+    assert to_pil(video).size == (18, 8)

@@ -50,6 +50,7 @@ REAL = {
     "wan22_nft",
     "z_image_nft",
 }
+VIDEOS = {"lab_video_g2rpo", "lab_video_grpo", "lab_video_nft"}  # on the lab's own video model
 LAUNCHERS = sorted((ROOT / "assets/accelerate").glob("*.yaml"))
 
 
@@ -93,7 +94,29 @@ def test_a_recipe_of_the_labs_captioner_runs(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem not in CAPTIONERS | REAL], ids=named)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("lab_video_g2rpo", ["algorithm.trained=[0, 2]"]),
+        ("lab_video_grpo", ["rewards.lab_video.grain=frame", "algorithm.frames=true"]),
+        ("lab_video_nft", []),
+        ("lab_video_nft", ["rewards.lab_video.grain=frame", "algorithm.frames=true", "training.seed=1"]),
+    ],
+)
+def test_a_recipe_of_the_labs_video_model_runs(name, more, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = ["prompts.per_iteration=2", "prompts.group=2", "training.iterations=2", "algorithm.steps=4"]
+    overrides += ["evaluation.prompts=2", "evaluation.steps=3", "run.tensorboard=false"]
+    given = [*overrides, *more, f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", "--config", f"assets/recipes/{name}.yaml", *given]) == 0
+    result = json.loads((tmp_path / "run/report.json").read_text())
+    assert result["iterations"] == 2
+    assert {"direction", "static", "strict"} <= result["heldout"].keys()
+    assert (tmp_path / "run/samples/before_after.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem not in CAPTIONERS | REAL | VIDEOS], ids=named)
 def test_a_recipe_runs(path, tmp_path, monkeypatch, capsys):
     if path.stem.startswith("emoji"):
         pytest.importorskip("efficientnet_lite_pytorch")
