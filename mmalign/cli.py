@@ -15,6 +15,7 @@ from typing import Any
 
 OVERRIDE = re.compile(r"(policy|prompts|rewards|algorithm|composition|training|evaluation|run)[\w.:]*=")
 STOPPED = 143  # as a shell says of a process that SIGTERM ended
+LAB_CAPTIONS = Path("assets/lab/captions/heldout.jsonl")
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -170,6 +171,22 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
         "--temperature", type=float, metavar="T", help="default: the policy's own; near 0: the likeliest"
     )
     add_overrides(told)
+
+    asked = command("judge", judge_command, "How good a judge of captions is, against labelled differences.")
+    asked.add_argument("--judge", default="lab", metavar="NAME", help="who is judged (default lab)")
+    asked.add_argument(
+        "--settings",
+        default="{}",
+        metavar="YAML",
+        help="of the judge: '{url: http://host/v1, model: x}'",
+    )
+    asked.add_argument("--cases", metavar="FILE", help="labelled cases (.jsonl); without, the lab's own")
+    asked.add_argument("--count", type=int, default=200, metavar="N", help="of the lab's own (default 200)")
+    asked.add_argument("--seed", type=int, default=0, metavar="N", help="of their mistakes (default 0)")
+    asked.add_argument("--record", metavar="FILE", help="keep answers there, and take known ones from it")
+    asked.add_argument("--replay", action="store_true", help="ask nobody: take answers from --record alone")
+    asked.add_argument("--no-swap", action="store_true", help="ask once, which tells no taste for a place")
+    asked.add_argument("--json", metavar="FILE", help="write the numbers there")
 
     made = command(
         "reproduce", reproduce_command, "Run experiments on equal budget and write the page of results."
@@ -428,6 +445,30 @@ def caption_command(options: argparse.Namespace) -> int:
         )
 
     print(f"{early(write)} captions written to {options.out}")
+    return 0
+
+
+def judge_command(options: argparse.Namespace) -> int:
+    import yaml
+
+    from mmalign import judging
+    from mmalign.rewardmodels.claimdiff import judge_of
+    from mmalign.rewardmodels.lab_judge import labelled
+
+    def ready() -> tuple[Any, Any]:
+        settings = yaml.safe_load(options.settings) or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"--settings: expected a mapping as '{{model: x}}', got {options.settings!r}")
+        judge = judge_of(options.judge, settings, options.record, options.replay)
+        if options.cases:
+            return judge, judging.read_labels(Path(options.cases))
+        return judge, labelled(LAB_CAPTIONS, options.count, options.seed)
+
+    judge, labels = early(ready)
+    found = judging.evaluate(judge, labels, swap=not options.no_swap)
+    print(judging.table(found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found.to_dict(), indent=1) + "\n")
     return 0
 
 

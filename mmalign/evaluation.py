@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from mmalign import claims_page
+from mmalign.claims_page import Told
 from mmalign.contracts import (
     Forwards,
     Key,
@@ -135,6 +137,7 @@ class Verdict:
     values: Mapping[str, float]
     category: str = ""
     text: str = ""
+    claims: tuple[Mapping[str, Any], ...] = ()  # of a text, as the rewards that judge claims tell them
 
     def said(self, names: Sequence[str]) -> str:
         """What stands under the picture: the text that was written about it, and a line a reward."""
@@ -276,6 +279,7 @@ def verdicts(
     there (with the reward's name before it if two rewards use the same one).
     """
     found: list[dict[str, float]] = [{} for _ in range(len(prompts))]
+    claims: list[tuple[Mapping[str, Any], ...]] = [()] * len(prompts)
     category = [str(extra.get("category") or "") for extra in prompts.extra]
     taken = {reward.name: "" for reward in rewards}
     for reward in rewards:
@@ -289,7 +293,11 @@ def verdicts(
                         own = taken.setdefault(name, reward.name) == reward.name
                         found[row][name if own else f"{reward.name}.{name}"] = float(value)
                 category[row] = str(detail.get("category") or "") or category[row]
-    return [Verdict(values, kind) for values, kind in zip(found, category, strict=True)]
+                told = detail.get("claims")
+                if isinstance(told, list):
+                    claims[row] = (*claims[row], *told)
+    rows_of = zip(found, category, claims, strict=True)
+    return [Verdict(values, kind, claims=told) for values, kind, told in rows_of]
 
 
 # Scores
@@ -429,6 +437,7 @@ class Shown:
     prompts: list[str]
     images: Tensor
     captions: list[str]
+    told: list[Told] = field(default_factory=list)  # of a captioner: its texts with their claims
 
     def panel(self, title: str) -> Panel:
         return Panel(title, self.images, self.captions)
@@ -436,11 +445,19 @@ class Shown:
     def save(self, path: Path) -> None:
         pixels = (self.images.clamp(0, 1) * 255).round().byte()
         torch.save({"prompts": self.prompts, "images": pixels, "captions": self.captions}, path)
+        if self.told:
+            claims_page.save(self.told, claims_of(path))
 
     @staticmethod
     def load(path: Path) -> Shown:
         raw = torch.load(path, weights_only=True)
-        return Shown(raw["prompts"], raw["images"].float() / 255, raw["captions"])
+        told = claims_page.load(claims_of(path)) if claims_of(path).is_file() else []
+        return Shown(raw["prompts"], raw["images"].float() / 255, raw["captions"], told)
+
+
+def claims_of(path: Path) -> Path:
+    """Where the texts and claims lie that belong to an evaluation."""
+    return path.with_name(f"{path.stem}_claims.json")
 
 
 class Evaluator:
@@ -561,4 +578,18 @@ class Evaluator:
             [self.prompts[place].text for place in places],
             torch.cat([images[place][:show] for place in places]),
             captions,
+            [self._told(p, v, names) for p in places if (v := found[row[p] * seeds]).text],
+        )
+
+    def _told(self, place: int, verdict: Verdict, names: Sequence[str]) -> Told:
+        """The text of the first seed about a prompt's picture."""
+        extra = self.prompts[place].extra
+        image = extra.get("image")
+        values = {name: v for name in names if math.isfinite(v := verdict.values[name])}
+        return Told(
+            verdict.text,
+            image if isinstance(image, str) else None,
+            str(extra.get("reference") or ""),
+            claims_page.marks(verdict.claims, verdict.text),
+            values,
         )

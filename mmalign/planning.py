@@ -233,8 +233,11 @@ def _largest(network: nn.Module, live: _Live) -> Iterator[list[int]]:
             hook.remove()
 
 
-def measure(policy: FlowPolicy, rows: int) -> Measured:
-    """What the network of a policy without weights needs for a minibatch of so many rows, and to decode."""
+def measure(policy: FlowPolicy, rows: int, samples: int) -> Measured:
+    """What the network of a policy without weights needs for a minibatch of so many rows, and to decode.
+
+    samples: of an iteration on one device, which is the most that is drawn or decoded at once.
+    """
     adapter, network = policy.adapter, policy.module
     text = blank_text(policy)
     guidance = policy.settings.guidance
@@ -254,10 +257,10 @@ def measure(policy: FlowPolicy, rows: int) -> Measured:
     _checkpointing(network, policy.settings.gradient_checkpointing)
     # What checkpointing keeps, and one block as it is computed again and differentiated.
     again = min(whole.peak, few.kept + whole.block + (whole.peak - whole.kept))
-    chunk = max(1, DECODED_PLACES // math.prod(policy.shape[1:]))
+    chunk = min(samples, max(1, DECODED_PLACES // math.prod(policy.shape[1:])))
     vae = adapter.pipeline.vae
     with torch.no_grad():
-        rows_at_once = max(1, policy.chunk // each)
+        rows_at_once = min(samples, max(1, policy.chunk // each))
         sampling = live_bytes(network, lambda: forward(rows_at_once), backward=False)
         decoding = live_bytes(
             vae, lambda: adapter.decode(torch.empty(chunk, *policy.shape, device=META)), backward=False
@@ -289,8 +292,8 @@ def _checkpointing(network: nn.Module, on: bool) -> None:
 def _blocks(network: nn.Module) -> list[nn.Module]:
     """The layers that checkpointing would compute again one by one: those of the lists of a network."""
     lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
-    inner = {id(part) for found in lists for block in found for part in block.modules()}
-    return [block for found in lists if id(found) not in inner for block in found]
+    inner = {id(part) for found in lists for block in found.children() for part in block.modules()}
+    return [block for found in lists if id(found) not in inner for block in found.children()]
 
 
 # ---- the estimate
@@ -319,9 +322,10 @@ def estimate(
             f"got {gpus}, {gpu_memory}, {tflops}, {utilization}"
         )
     memory = {name: _memory(config, measured, plans, copies, shape, gpus, name) for name in SHARDINGS}
-    rows = cost["sample"] + 3 * cost["train"] + cost["reference"]
-    again = cost["train"] if config.policy.gradient_checkpointing else 0.0
-    flops = (rows + again) * measured.forward_flops
+    # A backward is two forwards, or one where the gradient of frozen weights is not taken.
+    trained = (2 if config.policy.lora.rank else 3) + config.policy.gradient_checkpointing
+    rows = cost["sample"] + trained * cost["train"] + cost["reference"]
+    flops = rows * measured.forward_flops
     work = Work(
         cost["sample"],
         cost["train"],
@@ -408,7 +412,7 @@ def page(found: Estimate, gpu_memory: float, gpus: int) -> str:
     m, work = found.measured, found.work
     lines = [
         f"network              {m.parameters:,} parameters, of which {m.trained:,} are trained",
-        f"one forward          {m.forward_flops / 1e12:.3f} TFLOP a row",
+        f"one forward          {m.forward_flops / 1e12:.3g} TFLOP a row",
         f"activations          {m.plain / GIB:.2f} GiB a minibatch, {m.checkpointed / GIB:.2f} checkpointed",
         "",
         "GiB on each device   " + "".join(f"{name:>12}" for name in (*Memory.__dataclass_fields__, "peak")),
@@ -448,7 +452,8 @@ def rehearse(
     check_noise(algorithm, config.training.seed)
     try:
         policy = blank_policy(config.policy, algorithm.noise, algorithm.split)
-        measured = measure(policy, config.training.batch)
+        each = -(-config.prompts.per_iteration * config.prompts.group // max(1, gpus))
+        measured = measure(policy, config.training.batch, each)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     check_kind(config, policy, algorithm)

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from mmalign import __version__
+from mmalign import __version__, claims_page
 from mmalign.charts import Line, bars, chart
-from mmalign.evaluation import Evaluated, Score, gain, no_nan
+from mmalign.evaluation import Evaluated, Score, claims_of, gain, no_nan
 from mmalign.grids import data_uri
 from mmalign.hacking import Parting, partings, trained_on
 from mmalign.tracking import METRICS, SAMPLES, read
@@ -86,11 +86,24 @@ def write(folder: Path) -> dict[str, Any]:
     for name, text in (
         ("report.json", json.dumps(result, indent=2) + "\n"),
         ("report.html", page(run, result)),
+        *((claims_page.PAGE, text) for text in claims_text(run)),
     ):
         beside = folder / f".{name}.tmp"
         beside.write_text(text, encoding="utf-8")
         beside.replace(folder / name)
     return result
+
+
+def claims_text(run: RunFiles) -> list[str]:
+    """The page of the captions and their claims, if the run wrote captions."""
+    files = {
+        title: claims_of(run.folder / EVALUATION / f"{name}.pt")
+        for name, title in ((BASE, "before"), (TRAINED, "after"))
+    }
+    columns = {title: claims_page.load(file) for title, file in files.items() if file.is_file()}
+    if not columns or len({len(told) for told in columns.values()}) > 1:
+        return []
+    return [claims_page.page(f"{run.folder.name}: captions and their claims", columns)]
 
 
 # Numbers
@@ -380,7 +393,10 @@ def gain_cell(entry: Mapping[str, Any], judged: bool) -> str:
 
 def pictures(run: RunFiles) -> str:
     """Before and after, and the same prompts and seeds along the way."""
-    samples, out = run.folder / SAMPLES, []
+    samples = run.folder / SAMPLES
+    out: list[str] = []
+    if claims_text(run):
+        out.append(f'<p><a href="{claims_page.PAGE}">Captions, their claims underlined by verdict</a></p>')
     if (samples / BEFORE_AFTER).is_file():
         out.append(f"<h2>Before and after</h2><div class=card>{picture(samples / BEFORE_AFTER)}</div>")
     steps = sorted(samples.glob("step_*.png"))

@@ -36,6 +36,18 @@ MODELS = {
     ),
 }
 
+# Pipeline -> recipes of real checkpoints in assets/recipes/, which `mmalign train --dry-run` checks.
+RECIPES = {
+    "StableDiffusion3Pipeline": ("sd35_flow_grpo", "sd35_diffusion_nft"),
+    "StableDiffusionXLPipeline": ("sdxl_ddpo",),
+    "FluxPipeline": ("flux_mix_grpo",),
+    "FluxKontextPipeline": ("kontext_flow_grpo",),
+    "QwenImagePipeline": ("qwen_image_fast",),
+    "ZImagePipeline": ("z_image_nft",),
+    "WanPipeline": ("wan21_flow_grpo", "wan22_nft"),
+    "HunyuanVideoPipeline": ("hunyuan_dance_grpo",),
+}
+
 # Families that people ask for and that cannot be trained here yet, and why.
 ABSENT = {
     "PixArt-Sigma": "its denoiser in diffusers takes no adapters, so no LoRA could be loaded there",
@@ -79,15 +91,17 @@ def _lines() -> Iterator[str]:
     yield from (
         HEAD,
         "",
-        "| models | task | pipeline | adapter | particular | tests |",
-        "|---|---|---|---|---|---|",
+        "| models | task | pipeline | adapter | particular | tests | recipes |",
+        "|---|---|---|---|---|---|---|",
     )
     for pipeline, (models, task, particular) in MODELS.items():
         module, _, name = ADAPTERS[pipeline].partition(":")
         adapter = f"`{module.replace('mmalign.', '').replace('.', '/')}.py` {name}"
         test = {"sd": "test_sd", "sd3": "test_sd3"}.get(module.rpartition(".")[2], "test_families")
+        recipes = ", ".join(f"`{recipe}`" for recipe in RECIPES.get(pipeline, ()))
         yield (
-            f"| {models} | {task} | `{pipeline}` | {adapter} | {particular} | `tests/pipelines/{test}.py` |"
+            f"| {models} | {task} | `{pipeline}` | {adapter} | {particular} | `tests/pipelines/{test}.py` "
+            f"| {recipes or '–'} |"
         )
     yield from ("", "Not to be had:", "")
     yield from (f"- {models}: {reason}." for models, reason in ABSENT.items())

@@ -6,15 +6,18 @@ without its color is better than not naming it. An invented thing is one differe
 
 from __future__ import annotations
 
+import json
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from mmalign.claims import Comparison, Difference, Fault, Judgment, Winner
 from mmalign.lab.caption_check import Claim, Fact, Reading, check
-from mmalign.lab.captions import from_json
+from mmalign.lab.captions import CARELESS, describe, from_json, spoil, write
 from mmalign.lab.scenes import Scene
 from mmalign.rewardmodels.caption_judges import Case, Judged
 
@@ -161,3 +164,21 @@ def span(claims: Sequence[Claim]) -> tuple[int, int] | None:
     """The characters of the first wrong claim, or else of the first."""
     chosen = next((claim for claim in claims if not claim.holds), claims[0] if claims else None)
     return None if chosen is None else (chosen.start, chosen.end)
+
+
+def labelled(file: Path, count: int, seed: int = 0) -> list[tuple[Case, Comparison]]:
+    """Cases with their exact verdicts: references of a caption file of the lab, beside careless captions.
+
+    Raises ValueError where the file has fewer lines.
+    """
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
+    if len(rows) < count or count < 1:
+        raise ValueError(f"{file} has {len(rows)} lines, {count} cases were asked for")
+    rng = random.Random(f"judge {seed}")
+    found = []
+    for row in rows:
+        scene = from_json(row["scene"])
+        caption = write(spoil(describe(scene), CARELESS, rng))
+        case = Case(caption, row["reference"], str(file.parent / row["image"]), row["scene"])
+        found.append((case, compare(caption, row["reference"], scene)))
+    return found

@@ -1,13 +1,17 @@
-"""Runs one iteration in a process of its own, and says how many bytes it needed beside what imports take.
+"""Runs one iteration in a process of its own, and says how many bytes it needed beside what a tiny one left.
 
 python tests/peak.py RECIPE [section.field=value ...]
 """
 
+import ctypes
+import gc
 import json
 import resource
 import sys
 import threading
 import time
+
+import torch
 
 
 def resident() -> int:
@@ -34,21 +38,22 @@ class Watch:
         return self.most
 
 
-if __name__ == "__main__":
-    import peft  # noqa: F401
-    import torch
+def iterate(overrides: list[str]) -> None:
+    config = load_config(sys.argv[1], overrides)
+    assemble(config, write=False).trainer.run()
 
+
+if __name__ == "__main__":
     from mmalign.assembly import assemble
     from mmalign.config import load_config
 
     torch.set_num_threads(1)
-    # What libraries allocate once: a first product, a first optimizer.
-    first = torch.nn.Linear(64, 64)
-    first(torch.randn(64, 64)).sum().backward()
-    torch.optim.AdamW(first.parameters()).step()
-
-    config = load_config(sys.argv[1], sys.argv[2:])
+    # What libraries load and keep once, whatever the size of a run.
+    iterate(
+        [*sys.argv[2:], "prompts.per_iteration=2", "prompts.group=2", "training.batch=2", "policy.chunk=2"]
+    )
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before, watch = resident(), Watch()
-    run = assemble(config, write=False)
-    run.trainer.run()
+    iterate(sys.argv[2:])
     print(json.dumps({"peak": watch.end() - before}))

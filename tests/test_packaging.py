@@ -37,6 +37,8 @@ def test_the_wheel_holds_one_name_and_every_module_imports_from_it(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     assert {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")} == {"mmalign"}
+    shipped = {path.name for path in (ROOT / "pipelines/models").glob("*.json")}
+    assert {path.name for path in (site / "mmalign/pipelines/models").iterdir()} == shipped
     modules = sorted(
         ".".join(path.relative_to(site).with_suffix("").parts).removesuffix(".__init__")
         for path in (site / "mmalign").rglob("*.py")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mmalign.cli import main
 from mmalign.config import ConfigError, load_config
 from mmalign.contracts import LoraSettings, PolicySettings
-from mmalign.pipelines import load
+from mmalign.pipelines import catalog, load
 from mmalign.pipelines.blueprint import blank_policy, blank_text, known_models, read_blueprint
 from mmalign.planning import GIB, SHARDINGS, _fused_attention, _Live, live_bytes, measure, rehearse
 from mmalign.sde import Noise
@@ -46,11 +46,14 @@ REAL = (
 )
 
 
+QUICK = ("sd35_diffusion_nft",)  # the others take most of a minute each
+
+
 def settings(**given) -> PolicySettings:
     return PolicySettings(str(tiny()), **{"max_sequence_length": 16, "lora": LoraSettings(4, 6)} | given)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_shipped_configurations_have_the_published_sizes(model):
     policy = blank_policy(
@@ -96,11 +99,11 @@ def test_operations_are_those_of_the_products():
 
 def test_checkpointing_saves_and_a_larger_minibatch_costs_in_proportion():
     policy = blank_policy(settings(), Noise())
-    one, two = measure(policy, 4), measure(policy, 8)
+    one, two = measure(policy, 4, 96), measure(policy, 8, 96)
     assert one.checkpointed < one.plain
     assert two.plain == pytest.approx(2 * one.plain, rel=0.02)
     assert two.forward_flops == one.forward_flops
-    guided = measure(blank_policy(settings(guidance=3.0), Noise()), 4)
+    guided = measure(blank_policy(settings(guidance=3.0), Noise()), 4, 96)
     assert guided.forward_flops == pytest.approx(one.forward_flops)  # of a row; guidance takes two rows
     assert one.plain < guided.plain < 1.25 * one.plain  # the same rows, and what joins them
 
@@ -131,9 +134,12 @@ def test_work_is_the_forwards_of_the_plan(monkeypatch):
     assert (
         f"{found.work.sample:.0f} to sample, {found.work.train:.0f} to train" in told["forwards an iteration"]
     )
-    flops = (found.work.sample + 3 * found.work.train) * found.measured.forward_flops
+    flops = (found.work.sample + 2 * found.work.train) * found.measured.forward_flops
     assert found.work.flops == pytest.approx(flops)
     assert found.work.seconds == pytest.approx(flops / (10e12 * 0.5 * 2))
+    _, whole = plan("algorithm.kl=0", "policy.lora.rank=0")
+    each = found.work.sample + 3 * found.work.train
+    assert whole.work.flops == pytest.approx(each * whole.measured.forward_flops)
     _, again = plan("algorithm.kl=0", "policy.gradient_checkpointing=true")
     assert again.work.flops == pytest.approx(flops + again.work.train * found.measured.forward_flops)
 
@@ -160,7 +166,7 @@ def test_models_that_nothing_is_known_of_are_named(monkeypatch):
 
 def test_the_command_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    given = ["--config", "assets/recipes/lab_flow_grpo.yaml", "--gpus", "4", f"policy.model={tiny()}"]
+    given = ["--config", "assets/recipes/lab_flow_grpo.yaml", "--gpus", "4"]
     assert main(["plan", *given, "--json", str(tmp_path / "plan.json")]) == 0
     said = capsys.readouterr().out
     for word in ("forwards an iteration", "one forward", "ddp", "zero3", "fits"):
@@ -172,8 +178,18 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REAL)
+def test_every_recipe_of_a_real_model_stands_in_the_table_of_models():
+    listed = {recipe: pipeline for pipeline, recipes in catalog.RECIPES.items() for recipe in recipes}
+    assert set(listed) == set(REAL)
+    for recipe, pipeline in listed.items():
+        model = load_config(ROOT / f"assets/recipes/{recipe}.yaml").policy.model
+        assert read_blueprint(model).pipeline == pipeline
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.nightly) for name in REAL],
+)
 def test_a_recipe_of_a_real_model_is_right_as_far_as_can_be_known(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(ROOT / f"assets/recipes/{name}.yaml")
@@ -185,20 +201,22 @@ def test_a_recipe_of_a_real_model_is_right_as_far_as_can_be_known(name, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "given",
+    ("given", "within"),
     [
-        ["training.batch=96"],
-        ["training.batch=96", "policy.lora.rank=0"],
-        ["training.batch=192", "policy.chunk=32", "prompts.group=24", "policy.gradient_checkpointing=true"],
+        (["training.batch=96"], 0.15),
+        (["training.batch=96", "policy.lora.rank=0"], 0.15),
+        # Here decoding is the peak, and convolutions on a CPU take room that is not counted.
+        (["training.batch=48", "prompts.group=24"], 0.25),
     ],
-    ids=["adapter", "all weights", "checkpointed"],
+    ids=["adapter", "all weights", "decoding"],
 )
-def test_a_run_needs_the_memory_that_was_predicted(given, monkeypatch):
-    """The most that is resident in one iteration of a lab run, beside what imports take, within 15 %."""
+def test_a_run_needs_the_memory_that_was_predicted(given, within, monkeypatch):
+    """The most that is resident in one iteration of a lab run, beside what a tiny one left."""
     monkeypatch.chdir(ROOT)
     if not Path("/proc/self/statm").exists():
         pytest.skip("resident memory is read from /proc")
     recipe = "assets/recipes/lab_diffusion_nft.yaml"
+    given = [*given, "algorithm.steps=2"]
     usual = ["training.iterations=1", "run.tensorboard=false", "evaluation.prompts=2"]
     # Freed memory goes back to the system at once, so that what is resident is what is in use.
     small = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -211,4 +229,4 @@ def test_a_run_needs_the_memory_that_was_predicted(given, monkeypatch):
     )
     measured = json.loads(ran.stdout.splitlines()[-1])["peak"]
     _, found = rehearse(load_config(recipe, given))
-    assert found.memory["ddp"].peak == pytest.approx(measured, rel=0.15)
+    assert found.memory["ddp"].peak == pytest.approx(measured, rel=within)
