@@ -64,7 +64,7 @@ def test_it_keeps_the_contract(conse, photos, outcome_of):
 @pytest.mark.slow
 def test_each_prompt_is_embedded_once_and_alone_like_in_a_batch(conse, monkeypatch):
     first = conse.embed(["a green bicycle", "a very old map of a town by the sea", "a green bicycle"])
-    monkeypatch.setattr(conse, "_embed", None)
+    monkeypatch.setattr("mmalign.rewardmodels.conse.embed_sentences", None)
     assert_close(conse.embed(["a green bicycle"]), first[2:])
     monkeypatch.undo()
     assert_close(conse._embed(["a green bicycle"]), first[:1], atol=1e-5, rtol=0)
