@@ -42,8 +42,8 @@ SAME |= {"single": "one", "under": "below", "over": "above", "middle": "center",
 OF = {word: aspect for aspect, words in ATTRIBUTES.items() for word in words.split()}
 SEVERITY = {"object": 3, "color": 2, "count": 2, "size": 1, "position": 1}
 WORDS_OF_GLUE = """a an the is are was were be there it its this that these those of in on at to by from with
-    as for and or picture image photo photograph scene shows showing depicts seen can has have having next side
-    written thing things some her his their he she they which who while into near"""
+    as for and or picture image photo photograph scene shows showing depicts seen can has have having next
+    side written thing things some her his their he she they which who while into near"""
 GLUE = frozenset(WORDS_OF_GLUE.split())
 CUT = re.compile(r"[.;:!?]+\s*|,\s+(?:and\s+)?|\s+and\s+(?=an?\s|the\s|\d)|\s+(?:while|with)\s+", re.I)
 
