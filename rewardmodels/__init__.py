@@ -15,6 +15,8 @@ from mmalign.contracts import PairwiseReward, Reward
 REWARDS = {
     "adversarial": "mmalign.rewardmodels.adversarial:Adversarial",
     "aesthetic": "mmalign.rewardmodels.clip:Aesthetic",
+    "artifact": "mmalign.rewardmodels.artifact:Artifact",
+    "artifact_question": "mmalign.rewardmodels.vlm_score:ArtifactQuestion",
     "caprl": "mmalign.rewardmodels.caprl:CapRL",
     "caption_facts": "mmalign.rewardmodels.lab_captions:CaptionFacts",
     "caption_length": "mmalign.rewardmodels.claimdiff:CaptionLength",

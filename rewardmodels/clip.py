@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmalign.records import Outcome, RewardSignal
+from mmalign.rewardmodels.formats import is_open_clip, read_open_clip
 from mmalign.rewardmodels.inputs import pictures, texts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,10 +68,15 @@ class Towers:
         if precision not in DTYPES:
             raise ValueError(f"{name}: precision must be one of {', '.join(DTYPES)}, got {precision!r}")
         try:
-            with torch.random.fork_rng(devices=[]):
-                self.model: Any = AutoModel.from_pretrained(model, dtype=DTYPES[precision])
+            self.model: Any
+            if is_open_clip(model):
+                self.model, prepare = read_open_clip(model, DTYPES[precision])
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    self.model = AutoModel.from_pretrained(model, dtype=DTYPES[precision])
+                prepare = AutoImageProcessor.from_pretrained(processor or model)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or model)
-            self.prepare = Prepared(AutoImageProcessor.from_pretrained(processor or model))
+            self.prepare = Prepared(prepare)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{name}: model {model} does not load: {error}") from error
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "logit_scale"):
@@ -157,7 +163,7 @@ class TwoTowers:
 class ClipScore(TwoTowers):
     """CLIPScore: 2.5 times the cosine of picture and prompt, not below 0."""
 
-    model: str = "openai/clip-vit-large-patch14"  # any CLIP; local folder or hub id
+    model: str = "openai/clip-vit-large-patch14"  # any CLIP; hub id or local folder, also one of open_clip's
     weight: float = 2.5  # factor of the cosine
     name = "clip_score"
 

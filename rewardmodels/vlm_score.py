@@ -23,6 +23,76 @@ from mmalign.rewardmodels.endpoint import Endpoint, Question, said, shown
 from mmalign.rewardmodels.inputs import pictures, texts
 
 
+class YesNo:
+    """A vision-language model of transformers: P(yes) / (P(yes) + P(no)) of the first token of its answer.
+
+    Words count with and without a capital and a space before, in all their spellings that are one token.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        precision: Precision,
+        yes: Sequence[str] = ("yes",),
+        no: Sequence[str] = ("no",),
+    ) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if precision not in DTYPES:
+            raise ValueError(f"{name}: precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+        try:
+            self._processor: Any = AutoProcessor.from_pretrained(model)
+            self._model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=DTYPES[precision])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: model {model} does not load: {error}") from error
+        self._model.eval().requires_grad_(False)
+        self._processor.tokenizer.padding_side = "left"
+        self._yes, self._no = (variants(self._processor.tokenizer, words) for words in (yes, no))
+        for setting, tokens in (("yes", self._yes), ("no", self._no)):
+            if not tokens:
+                raise ValueError(f"{name}: the tokenizer of {model} has no token for {setting}")
+
+    @torch.no_grad()
+    def ask(self, images: Tensor, questions: Sequence[str], batch: int) -> Tensor:
+        """How likely yes is for each picture [n, 3, H, W] and its question, [n] from 0 to 1."""
+        self._model.to(images.device)
+        rows = [slice(first, first + batch) for first in range(0, len(images), batch)]
+        found: Tensor = torch.cat([self._part(images[part], questions[part]) for part in rows])
+        return found
+
+    def _part(self, images: Tensor, questions: Sequence[str]) -> Tensor:
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": picture_of(image)},
+                        {"type": "text", "text": question},
+                    ],
+                }
+            ]
+            for image, question in zip(images, questions, strict=True)
+        ]
+        inputs = self._processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        ).to(images.device)
+        return yes_of(self._model(**inputs).logits[:, -1], self._yes, self._no)
+
+
+def yes_of(logits: Tensor, yes: Sequence[int], no: Sequence[int]) -> Tensor:
+    """P(yes) / (P(yes) + P(no)) [n] of the next token's logits [n, V], each summed over its tokens."""
+    log_p = logits.float().log_softmax(-1)
+    one, other = (log_p[:, list(tokens)].logsumexp(1) for tokens in (yes, no))
+    found: Tensor = (one - other).sigmoid()
+    return found
+
+
 @dataclass(eq=False)
 class VqaScore:
     """How likely a vision-language model is to say yes to the picture showing its prompt, 0 to 1."""
@@ -36,63 +106,41 @@ class VqaScore:
     name = "vqa_score"
 
     def __post_init__(self) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        if self.precision not in DTYPES:
-            raise ValueError(
-                f"vqa_score: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}"
-            )
         if "{}" not in self.question:
             raise ValueError(f"vqa_score: question must hold {{}} for the prompt, got {self.question!r}")
         if self.batch < 1:
             raise ValueError(f"vqa_score: batch must be at least 1, got {self.batch}")
-        try:
-            self._processor: Any = AutoProcessor.from_pretrained(self.model)
-            self._model: Any = AutoModelForImageTextToText.from_pretrained(
-                self.model, dtype=DTYPES[self.precision]
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"vqa_score: model {self.model} does not load: {error}") from error
-        self._model.eval().requires_grad_(False)
-        self._processor.tokenizer.padding_side = "left"
-        self._yes, self._no = (variants(self._processor.tokenizer, words) for words in (self.yes, self.no))
-        for setting, tokens in (("yes", self._yes), ("no", self._no)):
-            if not tokens:
-                raise ValueError(f"vqa_score: the tokenizer of {self.model} has no token for {setting}")
+        self._asked = YesNo(self.name, self.model, self.precision, self.yes, self.no)
 
-    @torch.no_grad()
     def __call__(self, outcome: Outcome) -> RewardSignal:
-        images, prompts = pictures(self.name, outcome), texts(outcome)
-        self._model.to(images.device)
-        rows = [slice(first, first + self.batch) for first in range(0, len(images), self.batch)]
-        values = torch.cat([self._ask(images[part], prompts[part]) for part in rows])
+        questions = [self.question.replace("{}", prompt) for prompt in texts(outcome)]
+        values = self._asked.ask(pictures(self.name, outcome), questions, self.batch)
         return RewardSignal(self.name, values[:, None])
 
-    def _ask(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": picture_of(image)},
-                        {"type": "text", "text": self.question.replace("{}", prompt)},
-                    ],
-                }
-            ]
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
-        inputs = self._processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        ).to(images.device)
-        log_p = self._model(**inputs).logits[:, -1].float().log_softmax(-1)
-        yes, no = (log_p[:, list(tokens)].logsumexp(1) for tokens in (self._yes, self._no))
-        found: Tensor = (yes - no).sigmoid()
-        return found
+
+@dataclass(eq=False)
+class ArtifactQuestion:
+    """How likely a frozen vision-language model is to say no to there being artifacts, 0 to 1.
+
+    After arXiv:2601.03468; the question is best searched for on labeled pictures: scripts/search_question.py.
+    """
+
+    model: str  # any image-text-to-text model of transformers; local folder or hub id
+    # What is asked; yes means that there are artifacts.
+    question: str = "Does this picture have artifacts or broken parts? Please answer yes or no."
+    precision: Precision = "fp32"  # of the network; bf16 or fp16 are faster on a GPU
+    batch: int = 8  # pictures at once; lower it for less memory
+    name = "artifact_question"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"artifact_question: batch must be at least 1, got {self.batch}")
+        self._asked = YesNo(self.name, self.model, self.precision)
+
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        images = pictures(self.name, outcome)
+        values = 1 - self._asked.ask(images, [self.question] * len(images), self.batch)
+        return RewardSignal(self.name, values[:, None])
 
 
 def variants(tokenizer: Any, words: Sequence[str]) -> list[int]:

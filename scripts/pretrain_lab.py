@@ -1,12 +1,15 @@
 """Trains a complete small SD3 pipeline from nothing, on the lab or on any captioned pictures; or a captioner;
-or a Wan pipeline on clips of the lab.
+a Wan pipeline on clips of the lab; or a CLIP or a DINO of its pictures.
 
     python scripts/pretrain_lab.py --out runs/pretrain_lab
     python scripts/pretrain_lab.py --data data/emoji/64 --out runs/pretrain_emoji --flow-steps 2000
     python scripts/pretrain_lab.py captioner --out runs/captioner
     python scripts/pretrain_lab.py video --out runs/video
+    python scripts/pretrain_lab.py clip --out runs/vision
+    python scripts/pretrain_lab.py dino --out runs/vision
 
-The model is written to OUT/pipeline or OUT/captioner; the same command again goes on where it stopped.
+The model is written to OUT/pipeline, OUT/captioner, OUT/clip or OUT/dino; the same command again goes on
+where it stopped.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -132,8 +136,35 @@ def video(given: list[str]) -> None:
     pretrain_video(VideoPretraining(**chosen), out, snapshot)
 
 
+def vision(which: str, given: list[str]) -> None:
+    """Trains the lab's CLIP or its DINO, and says how good it is."""
+    from mmalign.lab.pretrain_clip import ClipTraining, train_clip
+    from mmalign.lab.pretrain_dino import DinoTraining, train_dino
+
+    settings: Any = ClipTraining if which == "clip" else DinoTraining
+    parser = argparse.ArgumentParser(prog=f"pretrain_lab.py {which}", description=vision.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help=f"the run; OUT/{which} is the result")
+    for field in fields(settings):
+        if isinstance(field.default, int | float | str):
+            kind, default = type(field.default), field.default
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"), type=kind, default=default, help=str(default)
+            )
+    chosen = vars(parser.parse_args(given))
+    out, train = chosen.pop("out"), train_clip if which == "clip" else train_dino
+    found = json.dumps(train(settings(**chosen), out), indent=2)
+    (out / f"{which}_quality.json").write_text(found + "\n")
+    print(found)
+
+
 def main() -> None:
-    for name, train in (("captioner", captioner), ("video", video)):
+    named: dict[str, Callable[[list[str]], None]] = {
+        "captioner": captioner,
+        "video": video,
+        "clip": partial(vision, "clip"),
+        "dino": partial(vision, "dino"),
+    }
+    for name, train in named.items():
         if sys.argv[1:2] == [name]:
             train(sys.argv[2:])
             return

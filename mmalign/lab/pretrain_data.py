@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmalign.lab.scenes import Scene
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -34,12 +36,50 @@ class Captioned:
         return cls(torch.from_numpy(np.stack([picture for picture, _ in pairs])), [text for _, text in pairs])
 
 
+@dataclass(frozen=True)
+class Styled:
+    """pictures: uint8 [N, 64, 64, 3], with captions, styles, scenes and kinds of damage ("" for none)."""
+
+    pictures: Tensor
+    captions: list[str]
+    styles: list[str]
+    scenes: list[Scene]
+    damage: list[str]
+
+
 def draw_lab(count: int, seed: int) -> Captioned:
     """Training scenes of the lab with their prompts; nothing held out is among them."""
     from mmalign.lab import training_pair
 
     rng = random.Random(f"pretrain {seed}")
     return Captioned.of([training_pair(rng, split="train") for _ in range(count)])
+
+
+def draw_styled(count: int, seed: int, split: str = "train", damaged: float = 0.0) -> Styled:
+    """Scenes of the lab, half of them in another style than plain, a share of them damaged.
+
+    The style stands at the end of every other caption that could name one.
+    """
+    from mmalign.lab import compose, render, sample_task, write_prompt
+    from mmalign.lab.corruptions import SEEN, corrupt
+    from mmalign.lab.render import STYLES
+
+    rng, draws = random.Random(f"styled {split} {seed}"), np.random.default_rng(seed)
+    pictures, captions, styles, scenes, damage = [], [], [], [], []
+    for _ in range(count):
+        task = sample_task(rng, split=split)
+        scene, style = compose(task, rng), rng.choice(STYLES) if rng.random() < 0.5 else STYLES[0]
+        picture, kind = render(scene, style=style), ""
+        if rng.random() < damaged:
+            kind = rng.choice(SEEN)
+            picture = (255 * corrupt(picture / 255, kind, draws).picture).round().astype(np.uint8)
+        told = style != STYLES[0] and rng.random() < 0.5
+        pictures.append(picture)
+        captions.append(write_prompt(task) + (f", {style}" if told else ""))
+        styles.append(style)
+        scenes.append(scene)
+        damage.append(kind)
+    return Styled(torch.from_numpy(np.stack(pictures)), captions, styles, scenes, damage)
 
 
 def read_captioned(source: Path, size: int, split: str | None = "train") -> Captioned:

@@ -69,6 +69,17 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if flipped else x
 
 
+def split_optimizers(
+    modules: Mapping[str, nn.Module], lr: float, decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between layers, AdamW for embeddings, biases and gains (those without decay)."""
+    named = [(key, p) for module in modules.values() for key, p in module.named_parameters()]
+    inner = [p for key, p in named if p.ndim == 2 and "embed" not in key and "prototypes" not in key]
+    kept = {id(p) for p in inner}
+    rest = [p for _, p in named if id(p) not in kept]
+    return [Muon(inner, lr, decay=decay), torch.optim.AdamW(rest, lr, (0.9, 0.98), weight_decay=0.0)]
+
+
 class Average:
     """An exponential moving average of the parameters of several modules."""
 

@@ -1,0 +1,171 @@
+"""Make labeled pictures, train an artifact detector on them, and measure it.
+
+    python scripts/artifacts.py make --out runs/artifacts/train --count 4000
+    python scripts/artifacts.py make --out runs/artifacts/test --count 800 --split heldout --unseen --seed 1
+    python scripts/artifacts.py make --out runs/artifacts/own --clean PICTURES --damaged BAD_ROLLOUTS
+    python scripts/artifacts.py train --data runs/artifacts/train --tower assets/lab/dino --out runs/detector
+    python scripts/artifacts.py evaluate --detector runs/detector --data runs/artifacts/test
+
+`make` takes artifact-free pictures from --clean (a folder: references, or rollouts of a generator that
+somebody looked through), or draws scenes of the lab in all their styles; beside each it puts one that is
+damaged in a known way at a known place. Pictures in --damaged go in as they are, as artifacts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mmalign.lab import compose, render, sample_task
+from mmalign.lab.corruptions import SEEN, UNSEEN, corrupt
+from mmalign.lab.render import STYLES
+from mmalign.pictures import STILLS, open_picture
+from mmalign.rewardmodels.artifact import Detector
+from mmalign.rewardmodels.artifact_training import (
+    LABELS,
+    evaluate_detector,
+    read_labeled,
+    table,
+    train_detector,
+)
+
+
+def arguments() -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
+    part = commands.add_parser("make", help="labeled pictures")
+    part.add_argument("--out", type=Path, required=True, help="folder that is written")
+    part.add_argument(
+        "--clean", type=Path, help="folder of artifact-free pictures; without, the lab's scenes"
+    )
+    part.add_argument("--damaged", type=Path, help="folder of pictures with artifacts, of unknown place")
+    part.add_argument("--count", type=int, default=2000, help="of artifact-free pictures (2000)")
+    part.add_argument("--size", type=int, default=64, help="pixels a side (64)")
+    part.add_argument("--split", choices=("train", "heldout"), default="train", help="of the lab's scenes")
+    part.add_argument(
+        "--unseen", action="store_true", help="also the kinds that detectors are never trained on"
+    )
+    part.add_argument("--seed", type=int, default=0)
+    part = commands.add_parser("train", help="a detector")
+    part.add_argument("--data", type=Path, required=True, help="what `make` wrote, or labels of your own")
+    start = part.add_mutually_exclusive_group(required=True)
+    start.add_argument("--tower", help="folder or hub id of an image model, assets/lab/dino")
+    start.add_argument("--start", help="detector that is trained further")
+    part.add_argument("--out", type=Path, required=True, help="folder of the detector")
+    part.add_argument("--steps", type=int, default=1000)
+    part.add_argument("--batch", type=int, default=64)
+    part.add_argument("--lr", type=float, default=1e-3)
+    part.add_argument("--frozen", action="store_true", help="train the heads alone")
+    part.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    part.add_argument("--device", default="cpu")
+    part.add_argument("--seed", type=int, default=0)
+    part = commands.add_parser("evaluate", help="AUC, calibration, by kind")
+    part.add_argument("--detector", required=True)
+    part.add_argument("--data", type=Path, required=True)
+    part.add_argument("--json", type=Path, help="write the figures there")
+    return parser.parse_args()
+
+
+def clean_pictures(options: argparse.Namespace) -> Iterator[np.ndarray]:
+    """Artifact-free pictures [S, S, 3] in [0, 1]."""
+    if options.clean is None:
+        rng = random.Random(f"artifacts {options.split} {options.seed}")
+        for _ in range(options.count):
+            scene = compose(sample_task(rng, split=options.split), rng)
+            yield render(scene, options.size, rng.choice(STYLES)) / 255
+        return
+    for file in files_in(options.clean)[: options.count]:
+        yield fitted(file, options.size)
+
+
+def files_in(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in STILLS)
+    if not found:
+        raise SystemExit(f"error: {folder} holds no pictures ({', '.join(STILLS)})")
+    return found
+
+
+def fitted(file: Path, size: int) -> np.ndarray:
+    from PIL import ImageOps
+
+    return np.asarray(ImageOps.fit(open_picture(file), (size, size), Image.Resampling.BICUBIC)) / 255
+
+
+def make(options: argparse.Namespace) -> None:
+    """Writes pictures, masks and labels."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    kinds = SEEN + UNSEEN if options.unseen else SEEN
+    draws, number = np.random.default_rng(options.seed), 0
+
+    def write(picture: np.ndarray, **label: object) -> str:
+        nonlocal number
+        number += 1
+        name = f"{number:06d}"
+        Image.fromarray((255 * picture).round().astype(np.uint8)).save(options.out / f"{name}.png")
+        labels.write(json.dumps({"file": f"{name}.png", **label}) + "\n")
+        return name
+
+    with open(options.out / LABELS, "w") as labels:
+        for picture in tqdm(clean_pictures(options), "make", total=options.count):
+            write(picture, artifact=False)
+            kind = kinds[number // 2 % len(kinds)]
+            found = corrupt(picture, kind, draws)
+            mask = f"{number + 1:06d}_mask.png"
+            Image.fromarray(found.mask).save(options.out / mask)
+            write(found.picture, artifact=True, kind=kind, mask=mask, seen=kind in SEEN)
+        for file in files_in(options.damaged) if options.damaged else ():
+            write(fitted(file, options.size), artifact=True)
+    print(f"{number} pictures in {options.out}")
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains a detector and writes its folder."""
+    data = read_labeled(options.data)
+    bar = tqdm(total=options.steps, desc="train")
+    mean = {"loss": 0.0, "right": 0.5}
+
+    def log(row: dict[str, float]) -> None:
+        for key in mean:
+            mean[key] += 0.05 * (row[key] - mean[key])
+        bar.set_postfix({key: f"{value:.3f}" for key, value in mean.items()}, refresh=False)
+        bar.update()
+
+    detector = Detector.load(options.start) if options.start else Detector(options.tower)
+    detector.to(options.device)
+    settings = {key: getattr(options, key) for key in ("steps", "batch", "lr", "frozen", "precision", "seed")}
+    train_detector(detector, data, **settings, log=log)
+    bar.close()
+    detector.to("cpu").save(options.out)
+    print(f"{options.out}: temperature {detector.temperature:.2f}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Prints how good a detector is."""
+    found = evaluate_detector(Detector.load(options.detector), read_labeled(options.data))
+    print(table(found))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def main() -> None:
+    options = arguments()
+    try:
+        {"make": make, "train": train, "evaluate": evaluate}[options.command](options)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
