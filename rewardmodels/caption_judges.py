@@ -20,6 +20,7 @@ from mmalign.records import Outcome
 JUDGES = {
     "endpoint": "mmalign.rewardmodels.vlm_judge:EndpointJudge",
     "lab": "mmalign.rewardmodels.lab_judge:LabJudge",
+    "rules": "mmalign.rewardmodels.rule_judge:RuleJudge",
 }
 
 

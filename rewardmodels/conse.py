@@ -57,7 +57,9 @@ class ConSE:
             self._classifier, self._names = load_classifier()
             self._encoder, self._tokenizer = load_encoder()
         self._classifier.to(DTYPES[self.precision]).to(memory_format=torch.channels_last)
-        self._classes = self._embed([self.template.replace("{}", name) for name in self._names])
+        self._classes = embed_sentences(
+            self._encoder, self._tokenizer, [self.template.replace("{}", name) for name in self._names]
+        )
         self._asked: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -86,7 +88,7 @@ class ConSE:
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Sentence embeddings of length 1, [B, 384]; each distinct prompt is embedded once."""
         if new := [text for text in dict.fromkeys(prompts) if text not in self._asked]:
-            self._asked |= zip(new, self._embed(new), strict=True)
+            self._asked |= zip(new, embed_sentences(self._encoder, self._tokenizer, new), strict=True)
         return torch.stack([self._asked[text] for text in prompts])
 
     def told(self, seen: Tensor) -> list[str]:
@@ -96,22 +98,6 @@ class ConSE:
             ", ".join(f"{self._names[i]} {p:.2f}" for p, i in zip(*row, strict=True))
             for row in zip(probability, index, strict=True)
         ]
-
-    @torch.no_grad()
-    def _embed(self, sentences: Sequence[str]) -> Tensor:
-        """Mean of the token embeddings, normalized; sentences of like length share a batch."""
-        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-        device = next(self._encoder.parameters()).device
-        parts = []
-        for start in range(0, len(order), 64):
-            chosen = [sentences[i] for i in order[start : start + 64]]
-            tokens = self._tokenizer(
-                chosen, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
-            ).to(device)
-            mask = tokens["attention_mask"][..., None]
-            parts.append((self._encoder(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1))
-        found = torch.cat(parts)
-        return normalize(torch.empty_like(found).index_copy(0, torch.tensor(order, device=device), found))
 
     def _move(self, device: torch.device) -> None:
         if self._classes.device != device:
@@ -168,6 +154,23 @@ def load_encoder() -> tuple[nn.Module, Any]:
     weights.pop("embeddings.position_ids", None)  # a buffer that transformers no longer stores
     model.load_state_dict(weights)
     return frozen(model), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@torch.no_grad()
+def embed_sentences(encoder: nn.Module, tokenizer: Any, sentences: Sequence[str]) -> Tensor:
+    """Mean of the token embeddings, of length 1, [B, 384]; sentences of like length share a batch."""
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+    device = next(encoder.parameters()).device
+    parts = []
+    for start in range(0, len(order), 64):
+        chosen = [sentences[i] for i in order[start : start + 64]]
+        tokens = tokenizer(chosen, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt").to(
+            device
+        )
+        mask = tokens["attention_mask"][..., None]
+        parts.append((encoder(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1))
+    found = torch.cat(parts)
+    return normalize(torch.empty_like(found).index_copy(0, torch.tensor(order, device=device), found))
 
 
 def frozen(model: nn.Module) -> nn.Module:
