@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter, sleep
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmalign.assembly import Run, assemble, device_name
 from mmalign.config import RunConfig
 from mmalign.contracts import LearnedReward, PairwiseReward, RewardModel
 from mmalign.pipelines.captioner import CaptionPolicy
+from mmalign.planning import Live
 from mmalign.records import Outcome, Plan, RewardSignal
 
 MODEL = ("network forward", "network backward", "text encoders", "VAE", "reward")
@@ -258,6 +260,83 @@ def measure_writing(config: RunConfig, iterations: int = 4, warmup: int = 1) -> 
         "sampling_gain": each["generate"] / each["sample"],
         "sharing_gain": each["update apart"] / each["update"],
     }
+
+
+def measure_steps(config: RunConfig, counts: Sequence[int]) -> dict[str, Any]:
+    """What a second iteration needs beside what was there before it, for numbers of denoising steps.
+
+    stored: bytes of the states that are kept for the update. rest: the peak less those. decoded: the most
+    latents that were decoded at once. On a CPU the bytes of live tensors are counted, without what a single
+    operation needs inside; elsewhere it is what the allocator says. Writes no file.
+    """
+    if not hasattr(config.algorithm, "steps"):
+        raise ValueError(f"--steps: the method {config.method} has no setting algorithm.steps")
+    training = replace(config.training, iterations=2, save_every=0, noise_floor="warn")
+    rows = []
+    for steps in counts:
+        algorithm = replace(config.algorithm, steps=steps)  # type: ignore[type-var]
+        run = assemble(replace(config, training=training, algorithm=algorithm), write=False)
+        if isinstance(run.policy, CaptionPolicy):
+            raise ValueError(f"--steps takes a model that draws; {config.policy.model} writes")
+        rows.append({"steps": steps, **_bytes_of_an_iteration(run)})
+        device = device_name(run.distributed.device)
+        run.distributed.close()
+    rest = [row["rest"] for row in rows]
+    return {
+        "recipe": config.run.dir.rpartition("/")[2],
+        "device": device,
+        "samples": config.prompts.per_iteration * config.prompts.group,
+        "steps": rows,
+        "growth": max(rest) / min(rest),
+    }
+
+
+def _bytes_of_an_iteration(run: Run) -> dict[str, int]:
+    policy, trainer, device = run.policy, run.trainer, run.distributed.device
+    assert not isinstance(policy, CaptionPolicy)
+    draw, decode, stored, decoded = policy.sample, policy.adapter.decode, 0, 0
+
+    def sample(*args: Any) -> Any:
+        nonlocal stored
+        trajectory = draw(*args)
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in trajectory.replay.values()}
+        stored = sum(storage.nbytes() for storage in kept.values())
+        return trajectory
+
+    def decoding(latents: Tensor) -> Tensor:
+        nonlocal decoded
+        decoded = max(decoded, len(latents))
+        media: Tensor = decode(latents)
+        return media
+
+    policy.sample, policy.adapter.decode = sample, decoding  # type: ignore[method-assign]
+    trainer.step(0)  # the optimizer's moments, texts
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        trainer.step(1)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with Live(part for part in gc.get_objects() if issubclass(type(part), Tensor)) as live:
+            trainer.step(1)
+        peak = live.peak
+    return {"peak": peak, "stored": stored, "rest": peak - stored, "decoded": decoded}
+
+
+def print_steps(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"one iteration of {result['recipe']}, {result['samples']} samples, {result['device']}"
+    table = Table("steps", "peak", "stored states", "rest", "decoded at once", title=title)
+    for column in table.columns:
+        column.justify = "right"
+    for row in result["steps"]:
+        megabytes = [f"{row[name] / 1e6:.1f} MB" for name in ("peak", "stored", "rest")]
+        table.add_row(str(row["steps"]), *megabytes, str(row["decoded"]))
+    table.caption = f"the rest differs by a factor of {result['growth']:.3f}"
+    Console().print(table)
 
 
 def print_writing(result: dict[str, Any]) -> None:

@@ -212,6 +212,12 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
         action="store_true",
         help="of a captioner: its sampling against generate, and its update with and without a shared prefix",
     )
+    bench.add_argument(
+        "--steps",
+        type=counts,
+        metavar="N,N,...",
+        help="memory of an iteration with so many denoising steps, and what of it are states that are stored",
+    )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     add_overrides(bench)
 
@@ -253,6 +259,14 @@ def add_devices(part: argparse.ArgumentParser) -> None:
         help="of each, at the run's precision (default 990, an H100 in bf16)",
     )
     part.add_argument("--utilization", type=float, default=0.4, metavar="SHARE", help="of that (default 0.4)")
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers above 0, with commas between them."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"takes whole numbers with commas between them, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def add_overrides(part: argparse.ArgumentParser) -> None:
@@ -498,6 +512,9 @@ def benchmark_command(options: argparse.Namespace) -> int:
             lambda: benchmark.measure_overlap(config, options.overlap, options.iterations, options.warmup)
         )
         benchmark.print_overlap(result)
+    elif options.steps is not None:
+        result = early(lambda: benchmark.measure_steps(config, options.steps))
+        benchmark.print_steps(result)
     elif options.writing:
         result = early(lambda: benchmark.measure_writing(config, options.iterations, options.warmup))
         benchmark.print_writing(result)

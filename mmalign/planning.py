@@ -113,7 +113,7 @@ class Estimate:
 # ---- counting
 
 
-class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operations make, for as long as anything holds them."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -198,7 +198,7 @@ def live_bytes(network: nn.Module, run: Callable[[], Tensor], backward: bool = T
     run: the forward, on the meta device.
     """
     with _fused_attention() as spent, FlopCounterMode(display=False) as counter:
-        live = _Live([*network.parameters(), *network.buffers()])
+        live = Live([*network.parameters(), *network.buffers()])
         with live, _largest(network, live) as largest:
             out = run()
             kept, flops = live.now, counter.get_total_flops() + spent()
@@ -212,7 +212,7 @@ def live_bytes(network: nn.Module, run: Callable[[], Tensor], backward: bool = T
 
 
 @contextmanager
-def _largest(network: nn.Module, live: _Live) -> Iterator[list[int]]:
+def _largest(network: nn.Module, live: Live) -> Iterator[list[int]]:
     """The most bytes that one of the network's blocks leaves for its backward."""
     before: list[int] = []
     most = [0]

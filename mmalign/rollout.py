@@ -77,7 +77,7 @@ def roll_out(
     walk = _Walk(plan, prompts.group.cpu(), prompts.member.cpu(), key, sigmas, shape, noise, dims)
     now = walk.begin()
     leaves: list[tuple[int, States]] = []  # where completions begin, and from what
-    record: dict[str, list[Tensor]] = {name: [] for name in RECORDED}
+    actions: dict[str, Tensor] = {}  # filled in as they are taken, for a list to stack would hold them twice
     before = None
     for step in range(plan.lead):
         found = velocity(now.x, sigmas[step].expand(len(now.x)), now.sample)
@@ -87,8 +87,11 @@ def roll_out(
             continue
         after, action = walk.act(now, found, step)
         if step in plan.sde_steps:
+            column, taken = plan.sde_steps.index(step), len(plan.sde_steps)
             for name, values in action.items():
-                record[name].append(values)
+                if name not in actions:
+                    actions[name] = values.new_empty(len(values), taken, *values.shape[1:])
+                actions[name][:, column] = values
         before = Estimate((now.x - sigmas[step] * found)[now.row[after.sample]], sigmas[step])
         if plan.values:
             leaves.append((step + 1, ahead))
@@ -97,7 +100,6 @@ def roll_out(
         now = ahead if plan.singular else after
     if not plan.singular:
         leaves.append((plan.lead, now))
-    actions = {name: torch.stack(values, 1) for name, values in record.items() if values}
     views = [walk.speed(now, before, velocity)] if plan.tail else walk.finish(leaves, velocity)
     return Rollout(actions, views, now)
 

@@ -17,7 +17,7 @@ from mmalign.config import ConfigError, load_config
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.pipelines import catalog, load
 from mmalign.pipelines.blueprint import blank_policy, blank_text, known_models, read_blueprint
-from mmalign.planning import GIB, SHARDINGS, _fused_attention, _Live, live_bytes, measure, rehearse
+from mmalign.planning import GIB, SHARDINGS, Live, _fused_attention, live_bytes, measure, rehearse
 from mmalign.sde import Noise
 
 # Parameters in thousand millions, as they are published of the denoisers and text encoders.
@@ -77,7 +77,7 @@ def test_bytes_without_content_are_the_bytes_with_it(rank):
         seen = {name: value.expand(6, *value.shape) for name, value in text.items()}
         x, sigma = torch.rand(6, *policy.shape, device=device), torch.rand(6, device=device)
         network = policy.module
-        live = _Live([*network.parameters(), *network.buffers()])
+        live = Live([*network.parameters(), *network.buffers()])
         with _fused_attention(), live:
             out = policy.adapter.velocity(network, x, sigma, seen, None, 1.0)
             kept = live.now

@@ -372,3 +372,22 @@ def test_a_group_must_fill_its_tree():
         SEEDED.check_group(3)
     TREE.check_group(4)
     WINDOW.check_group(5)
+
+
+# What it holds
+
+
+def test_memory_grows_with_the_steps_by_what_is_stored_and_no_more():
+    from mmalign.planning import Live
+
+    policy, prompts = ToyFlow(), names(8, 16)
+
+    def held(steps: int) -> tuple[int, int]:
+        with Live([]) as live:
+            trajectory = policy.sample(prompts, Plan(steps, tuple(range(steps - 1))), KEY)
+        kept = {t.untyped_storage().data_ptr(): t.nbytes for t in trajectory.replay.values()}
+        return live.peak, sum(kept.values())
+
+    (peak, stored), (more, stored_more) = held(5), held(40)
+    assert stored_more > 5 * stored
+    assert more - peak < 1.1 * (stored_more - stored)

@@ -219,12 +219,61 @@ def test_a_multistep_solver_gives_way_to_euler_steps_on_its_sigmas(world):
         ("FluxPipeline", {"guidance_rescale": 0.5}, "policy.guidance_rescale must be 0: a FluxPipeline has"),
         ("FluxPipeline", {"height": 36}, "policy.height must be a multiple of 8 for this model, got 36"),
         ("WanPipeline", {"frames": 6}, "policy.frames must be 1 more than a multiple of 2 .*, got 6"),
+        ("CogVideoXPipeline", {"max_sequence_length": 20}, "policy.max_sequence_length must be 16 for this"),
+        ("CogVideoXPipeline", {"guidance_rescale": 0.5}, "policy.guidance_rescale must be 0: a CogVideoX"),
+        ("HiDreamImagePipeline", {"height": 256, "width": 128}, "this model has 256 places, .* takes 512"),
         ("Flux2KleinPipeline", {"width": 4}, "policy.width must be a multiple of 8"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(world, name, wrong, message):
     with pytest.raises(ValueError, match=message):
         policy_of(world, name, **wrong)
+
+
+@pytest.mark.parametrize("name", ["CogVideoXPipeline", "CogVideoXPipeline 1.5"])
+def test_frames_that_the_network_needs_besides_are_no_part_of_the_video(world, name):
+    """Three frames of the latent, and of 1.5, which takes two at once, a fourth that is not decoded."""
+    policy = policy_of(world, name)
+    assert policy.shape[1] == (4 if name.endswith("1.5") else 3)
+    latents, extra = torch.randn(1, *policy.shape), policy.adapter.extra
+    vae, plain = policy.adapter.pipeline.vae, latents[:, :, extra:]
+    with torch.no_grad():
+        media = policy.adapter.decode(latents)
+        assert_close(media, (vae.decode(plain / 0.8).sample / 2 + 0.5).clamp(0, 1).transpose(1, 2))
+        again = policy.adapter.latents(media)
+        assert again.shape == latents.shape
+        raw = vae.encode(media.transpose(1, 2) * 2 - 1).latent_dist.mode()
+        assert_close(again[:, :, extra:], raw * 0.8)
+
+
+def test_the_experts_of_a_mixture_let_gradients_through(world):
+    """The slope along a direction is the difference quotient; where experts give no gradient it is not."""
+    policy = policy_of(world, "HiDreamImagePipeline", gradient_checkpointing=True)
+    texts = policy._texts(TEXTS, 1.0)
+    network, adapter = policy.module.double(), policy.adapter
+    seen = {name: tensor.double() for name, tensor in texts.positives().items()}
+    draw = torch.Generator().manual_seed(0)
+    x, ahead, weight = (torch.randn(2, *policy.shape, generator=draw).double() for _ in range(3))
+    sigma = torch.full((2,), 0.5).double()
+
+    def value(x):
+        return (adapter.predict(network, x, sigma, seen) * weight).sum()
+
+    x.requires_grad_()
+    slope = (torch.autograd.grad(value(x), x)[0] * ahead).sum()
+    with torch.no_grad():
+        quotient = (value(x + 1e-4 * ahead) - value(x - 1e-4 * ahead)) / 2e-4
+    assert_close(slope, quotient, rtol=1e-2, atol=0)  # places are turned in fp32
+
+
+def test_videos_are_decoded_by_parts(world, monkeypatch):
+    policy = policy_of(world, "WanPipeline")
+    prompts, sizes, decode = prompts_of(TEXTS, 1), [], policy.adapter.decode
+    whole = policy.images(prompts, 2, KEY)
+    monkeypatch.setattr("mmalign.pipelines.flow.DECODED_PLACES", 1)
+    monkeypatch.setattr(policy.adapter, "decode", lambda x: sizes.append(len(x)) or decode(x))
+    assert_close(policy.images(prompts, 2, KEY), whole, atol=1e-6, rtol=0)
+    assert sizes == [1, 1]
 
 
 def test_flux2_has_no_true_guidance(world):
