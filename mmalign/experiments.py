@@ -111,6 +111,8 @@ class Experiment:
     common: tuple[str, ...] = ()  # section.field=value, put over the recipe of every arm
     points: int = 2  # evaluations along the way, for curves; each costs as much as the last one
     scores: tuple[str, ...] = ("strict", "soft")  # the held-out scores of the table
+    # Pairs of these scores that are traded for each other: the second is plotted against the first.
+    frontiers: tuple[tuple[str, str], ...] = ()
     # Further evaluations of what came out, each by settings of the section evaluation: other steps, guidance.
     evaluations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kl: bool = True  # measure the divergence of each trained policy from what it began with
@@ -123,6 +125,8 @@ class Experiment:
             raise ValueError(f"seeds must differ, and no arm may be called base, got {list(self.seeds)}")
         if self.points < 0:
             raise ValueError(f"points must not be negative, got {self.points}")
+        if odd := sorted({score for pair in self.frontiers for score in pair} - set(self.scores)):
+            raise ValueError(f"frontiers: {odd[0]!r} is none of the scores {list(self.scores)}")
         for one in [c for claim in self.claims for c in claim.holds]:
             for arm in (one.arm, one.than):
                 if arm not in ("base", *self.arms):

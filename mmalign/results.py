@@ -390,6 +390,13 @@ def plots(result: Found) -> dict[str, str]:
     for arm, told in arms.items():
         mean, low, high = (finite([told["scores"][first]["trained"][side]]) for side in LIMITS)
         places.append(Line(arm, finite([told["kl"]["value"]]), mean, low, high, dots=True))
+    for across, up in result["experiment"].get("frontiers", []):
+        ways = []
+        for arm, told in arms.items():
+            x = finite(told["along"][across]["value"])
+            y, low, high = (finite(told["along"][up][side]) for side in LIMITS)
+            ways.append(Line(arm, x, y, low, high, dots=True))
+        found[f"results_{name}_{across}_{up}.svg"] = figure(ways, f"held-out {up}", f"held-out {across}")
     if all(math.isfinite(place.x[0]) for place in places):
         found[f"results_{name}_{first}_kl.svg"] = figure(places, f"held-out {first}", "KL, nats")
     return found
