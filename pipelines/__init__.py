@@ -19,9 +19,11 @@ from mmalign.sde import Noise
 ADAPTERS = {
     "AuraFlowPipeline": "mmalign.pipelines.aura_flow:AuraFlow",
     "ChromaPipeline": "mmalign.pipelines.flux:Chroma",
+    "CogVideoXPipeline": "mmalign.pipelines.cogvideo:CogVideoX",
     "CogView4Pipeline": "mmalign.pipelines.cogview4:CogView4",
     "FluxKontextPipeline": "mmalign.pipelines.flux:FluxKontext",
     "FluxPipeline": "mmalign.pipelines.flux:Flux",
+    "HiDreamImagePipeline": "mmalign.pipelines.hidream:HiDream",
     "HunyuanVideo15Pipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo15",
     "HunyuanVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo",
     "Flux2KleinPipeline": "mmalign.pipelines.flux2:Flux2Klein",

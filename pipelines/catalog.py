@@ -24,9 +24,11 @@ MODELS = {
     "AuraFlowPipeline": ("AuraFlow", "text to image", ""),
     "SanaPipeline": ("Sana", "text to image", "instructions before the prompt; any size"),
     "CogView4Pipeline": ("CogView4", "text to image", "its network is told the time before the shift"),
+    "HiDreamImagePipeline": ("HiDream-I1", "text to image", "a mixture of experts; any size"),
     "WanPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "text to video", "both experts are trained"),
     "WanImageToVideoPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "image to video", "one source picture"),
     "LTXPipeline": ("LTX-Video", "text to video", "clean latents are decoded"),
+    "CogVideoXPipeline": ("CogVideoX, 1.5", "text to video", "predicts v; sampled by DDIM"),
     "HunyuanVideoPipeline": ("HunyuanVideo", "text to video", "embedded and true guidance"),
     "HunyuanVideo15Pipeline": (
         "HunyuanVideo 1.5",
@@ -52,8 +54,6 @@ RECIPES = {
 ABSENT = {
     "PixArt-Sigma": "its denoiser in diffusers takes no adapters, so no LoRA could be loaded there",
     "LTX-2": "no adapter yet; it draws sound with the video, in two latents",
-    "CogVideoX": "no adapter yet; it predicts v, as `pipelines/sd.py` has it",
-    "HiDream": "no adapter yet",
 }
 
 HEAD = """

@@ -47,9 +47,13 @@ class Family:
         self.pipeline: Any = read(self.kind, settings) if pipeline is None else pipeline
         self.settings, self.max_sequence_length = settings, settings.max_sequence_length
         self.network: nn.Module = getattr(self.pipeline, self.component)
-        check_schedule(self.pipeline.scheduler)
+        self.read_schedule()
         if settings.guidance_rescale:
             raise ValueError(f"policy.guidance_rescale must be 0: a {self.kind} has none")
+
+    def read_schedule(self) -> None:
+        """ValueError where the model's scheduler has no schedule that fits."""
+        check_schedule(self.pipeline.scheduler)
 
     # ---- sizes
 

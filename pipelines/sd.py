@@ -29,7 +29,83 @@ from mmalign.pipelines.flow import DTYPES, Condition, guided
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
-class StableDiffusion:
+class Diffusion:
+    """What adapters of models that predict noise, or v, have in common, whatever they draw.
+
+    rescale: how far guided predictions are brought back to the standard deviation of the positive ones.
+    """
+
+    pipeline: Any
+    rescale = 0.0
+
+    def read_table(self, kind: Any) -> None:
+        """Sample by the DDIM scheduler `kind` on the model's table; ValueError where it has none that fits."""
+        config = self.pipeline.scheduler.config
+        if "beta_schedule" not in config:
+            raise ValueError(
+                f"its scheduler is {type(self.pipeline.scheduler).__name__}, but a model that predicts noise "
+                "needs the table of a diffusion scheduler (DDIM, PNDM, Euler, DPM-Solver, ...)"
+            )
+        if config.prediction_type not in PREDICTIONS:
+            raise ValueError(
+                f"it predicts {config.prediction_type}, and can predict {' or '.join(PREDICTIONS)}"
+            )
+        if config.get("clip_sample") or config.get("thresholding"):
+            raise ValueError("its scheduler clips the clean estimate, and steps with a clip have no density")
+        self.scheduler = kind.from_config(config, clip_sample=False)
+        self.predicts_noise = config.prediction_type == "epsilon"
+        self.levels = sigma_of(self.scheduler.alphas_cumprod)
+        if self.predicts_noise and self.levels[-1] >= 1:
+            raise ValueError("its table ends in pure noise, of which a prediction of the noise says nothing")
+
+    def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
+        """The levels of the scheduler's timesteps, and the one that it takes for clean."""
+        self.scheduler.set_timesteps(steps)
+        return torch.cat([self.levels[self.scheduler.timesteps], sigma_of(self._end)])
+
+    @property
+    def _end(self) -> Tensor:
+        return torch.as_tensor(self.scheduler.final_alpha_cumprod).reshape(1)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """The training step t, possibly between two, at which the noise is sigma [n]."""
+        levels = self.levels.to(sigma.device)
+        above = torch.searchsorted(levels, sigma.contiguous()).clamp(1, len(levels) - 1)
+        low, high = levels[above - 1], levels[above]
+        return above - 1 + ((sigma - low) / (high - low)).clamp(0, 1)
+
+    def rows(self, guidance: float) -> int:
+        return 2 if guidance > 1 else 1
+
+    def velocity(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        negative: Condition | None,
+        guidance: float,
+    ) -> Tensor:
+        s = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        c = 1 / torch.hypot(s, 1 - s)
+        y, t = x * c, self.time(sigma)
+        if negative is not None:
+            y, t = torch.cat([y, y]), torch.cat([t, t])
+            condition = {name: torch.cat([negative[name], condition[name]]) for name in condition}
+        predicted = self.predict(network, y, t, condition).float()
+        if negative is not None:
+            positive = predicted.chunk(2)[1]
+            predicted = rescaled(guided(predicted, guidance), positive, self.rescale)
+        if self.predicts_noise:
+            return (predicted - x) / (1 - s)
+        return c * predicted + (2 * s - 1) * c**2 * x
+
+    def predict(self, network: nn.Module, y: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The noise, or v, that the network sees in y [n, C, *place] at the training steps t [n]."""
+        raise NotImplementedError
+
+
+class StableDiffusion(Diffusion):
     """Adapter of `StableDiffusionPipeline` with a `DDIMScheduler`, equal to it where no noise is drawn."""
 
     component = "unet"
@@ -61,23 +137,7 @@ class StableDiffusion:
         self.rescale = settings.guidance_rescale
         self.pipeline: Any = pipeline or kind.from_pretrained(settings.model, dtype=dtypes, **parts)
         self.network: nn.Module = self.pipeline.unet
-        config = self.pipeline.scheduler.config
-        if "beta_schedule" not in config:
-            raise ValueError(
-                f"its scheduler is {type(self.pipeline.scheduler).__name__}, but a model that predicts noise "
-                "needs the table of a diffusion scheduler (DDIM, PNDM, Euler, DPM-Solver, ...)"
-            )
-        if config.prediction_type not in PREDICTIONS:
-            raise ValueError(
-                f"it predicts {config.prediction_type}, and can predict {' or '.join(PREDICTIONS)}"
-            )
-        if config.get("clip_sample") or config.get("thresholding"):
-            raise ValueError("its scheduler clips the clean estimate, and steps with a clip have no density")
-        self.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
-        self.predicts_noise = config.prediction_type == "epsilon"
-        self.levels = sigma_of(self.scheduler.alphas_cumprod)
-        if self.predicts_noise and self.levels[-1] >= 1:
-            raise ValueError("its table ends in pure noise, of which a prediction of the noise says nothing")
+        self.read_table(DDIMScheduler)
 
     @property
     def scale(self) -> int:
@@ -99,50 +159,10 @@ class StableDiffusion:
         embeds, _ = self.pipeline.encode_prompt([text], self.pipeline.text_encoder.device, 1, False)
         return {"embeds": embeds[0]}
 
-    def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
-        """The levels of the scheduler's timesteps, and the one that it takes for clean."""
-        self.scheduler.set_timesteps(steps)
-        return torch.cat([self.levels[self.scheduler.timesteps], sigma_of(self._end)])
-
-    @property
-    def _end(self) -> Tensor:
-        return torch.as_tensor(self.scheduler.final_alpha_cumprod).reshape(1)
-
-    def time(self, sigma: Tensor) -> Tensor:
-        """The training step t, possibly between two, at which the noise is sigma [n]."""
-        levels = self.levels.to(sigma.device)
-        above = torch.searchsorted(levels, sigma.contiguous()).clamp(1, len(levels) - 1)
-        low, high = levels[above - 1], levels[above]
-        return above - 1 + ((sigma - low) / (high - low)).clamp(0, 1)
-
-    def rows(self, guidance: float) -> int:
-        return 2 if guidance > 1 else 1
-
-    def velocity(
-        self,
-        network: nn.Module,
-        x: Tensor,
-        sigma: Tensor,
-        condition: Condition,
-        negative: Condition | None,
-        guidance: float,
-    ) -> Tensor:
-        s = sigma.reshape(-1, 1, 1, 1)
-        c = 1 / torch.hypot(s, 1 - s)
-        y, t = x * c, self.time(sigma)
-        if negative is not None:
-            y, t = torch.cat([y, y]), torch.cat([t, t])
-            condition = {name: torch.cat([negative[name], condition[name]]) for name in condition}
+    def predict(self, network: nn.Module, y: Tensor, t: Tensor, condition: Condition) -> Tensor:
         named = self.conditioning(condition, y)
         predicted: Tensor = network(sample=y, timestep=t, return_dict=False, **named)[0]
-        if negative is None:
-            predicted = predicted.float()
-        else:
-            positive = predicted.float().chunk(2)[1]
-            predicted = rescaled(guided(predicted, guidance), positive, self.rescale)
-        if self.predicts_noise:
-            return (predicted - x) / (1 - s)
-        return c * predicted + (2 * s - 1) * c**2 * x
+        return predicted
 
     def conditioning(self, condition: Condition, y: Tensor) -> dict[str, Any]:
         """What the network is told besides y [n, C, h, w] and the time."""

@@ -89,6 +89,17 @@ def words_tokenizer(template: str = "", length: int = 4096, **special: str) -> A
     return made
 
 
+def marked_tokenizer(**special: str) -> Any:
+    """Texts of GLM and Llama begin with marks, so that none is empty."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokens, mark = words_tokenizer(**special), "<|im_start|>"
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{mark} $A", special_tokens=[(mark, tokens.convert_tokens_to_ids(mark))]
+    )
+    return tokens
+
+
 MARKS = (
     *("<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|image_pad|>", "<|video_pad|>"),
@@ -676,14 +687,9 @@ def sana() -> Any:
 
 def cogview4() -> Any:
     from diffusers import CogView4Pipeline, CogView4Transformer2DModel
-    from tokenizers.processors import TemplateProcessing
     from transformers import GlmConfig, GlmModel
 
-    tokens = words_tokenizer(padding_side="left")
-    mark = "<|im_start|>"  # GLM's texts begin with marks, so that none is empty
-    tokens.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{mark} $A", special_tokens=[(mark, tokens.convert_tokens_to_ids(mark))]
-    )
+    tokens = marked_tokenizer(padding_side="left")
     return CogView4Pipeline(
         transformer=CogView4Transformer2DModel(
             in_channels=4,
@@ -703,6 +709,101 @@ def cogview4() -> Any:
         text_encoder=GlmModel(GlmConfig(vocab_size=len(tokens), head_dim=8, pad_token_id=0, **SMALL)),
         tokenizer=tokens,
     )
+
+
+# ---- CogVideoX, HiDream
+
+
+def cogvideo(**given: Any) -> Any:
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
+
+    tokens = _t5_tokenizer()
+    return CogVideoXPipeline(
+        transformer=CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            time_embed_dim=8,
+            text_embed_dim=32,
+            num_layers=1,
+            sample_width=24,
+            sample_height=16,
+            sample_frames=5,
+            temporal_compression_ratio=2,
+            max_text_seq_length=16,
+            **given,
+        ),
+        scheduler=CogVideoXDDIMScheduler(
+            num_train_timesteps=999,  # three steps divide it, as fifty do a thousand
+            clip_sample=False,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+        ),
+        vae=AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 2,
+            up_block_types=("CogVideoXUpBlock3D",) * 2,
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            temporal_compression_ratio=2,
+            scaling_factor=0.8,
+        ),
+        text_encoder=t5(tokens),
+        tokenizer=tokens,
+    )
+
+
+def frames_first(x: Tensor) -> Tensor:
+    """Latents [n, C, F, h, w] as [n, F, C, h, w]."""
+    return x.transpose(1, 2)
+
+
+def hidream() -> Any:
+    from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel
+    from transformers import CLIPTextModelWithProjection, LlamaConfig, LlamaForCausalLM
+
+    clips, t5_tokens, tokens = [_clip_tokenizer(), _clip_tokenizer()], _t5_tokenizer(), marked_tokenizer()
+    return HiDreamImagePipeline(
+        transformer=HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_channels=[32, 16],
+            text_emb_dim=32,
+            num_routed_experts=4,
+            num_activated_experts=2,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(32, 32),
+            llama_layers=[0, 1],
+        ),
+        scheduler=flow(shift=3.0),
+        vae=image_vae(),
+        text_encoder=CLIPTextModelWithProjection(_clip_config(clips[0])),
+        tokenizer=clips[0],
+        text_encoder_2=CLIPTextModelWithProjection(_clip_config(clips[1])),
+        tokenizer_2=clips[1],
+        text_encoder_3=t5(t5_tokens),
+        tokenizer_3=t5_tokens,
+        text_encoder_4=LlamaForCausalLM(LlamaConfig(vocab_size=len(tokens), **SMALL)),
+        tokenizer_4=tokens,
+    )
+
+
+def keep_size(pipeline: Any, settings: PolicySettings) -> None:
+    """HiDream's pipeline brings pictures to the area of a square of this side."""
+    side = (settings.height * settings.width) ** 0.5
+    pipeline.default_sample_size = side / pipeline.vae_scale_factor
 
 
 FAMILIES = {
@@ -739,6 +840,14 @@ FAMILIES = {
         sana, lambda s: {"guidance_scale": s.guidance, "use_resolution_binning": False}, size=(32, 64)
     ),
     "CogView4Pipeline": Row(cogview4, call_scale, {"max_sequence_length": 40}),
+    "CogVideoXPipeline": Row(cogvideo, call_scale, frames=5, latents=frames_first),
+    "CogVideoXPipeline 1.5": Row(
+        lambda: cogvideo(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False),
+        call_scale,
+        frames=5,
+        latents=frames_first,
+    ),
+    "HiDreamImagePipeline": Row(hidream, call_scale, size=(32, 128), prepare=keep_size),
     "HunyuanVideoPipeline": Row(hunyuan_video, call_hunyuan, {"max_sequence_length": 512}, frames=5),
     "HunyuanVideo15Pipeline": Row(
         hunyuan_video15,

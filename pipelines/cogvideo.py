@@ -1,0 +1,90 @@
+"""CogVideoX and CogVideoX 1.5, text to video: diffusion models of v, sampled by DDIM as `pipelines/sd.py` says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.contracts import PolicySettings
+from mmalign.pipelines.family import VideoFamily
+from mmalign.pipelines.flow import Condition
+from mmalign.pipelines.sd import Diffusion
+
+
+class CogVideoX(Diffusion, VideoFamily):
+    """Adapter of `CogVideoXPipeline`, equal to it with a `CogVideoXDDIMScheduler` where no noise is drawn.
+
+    The scheduler counts whole steps of its table, so that is where the number of steps divides its length. A
+    network that takes several frames of the latent at once (1.5) may need more of them than the video has;
+    they come first and are not decoded.
+    """
+
+    kind = "CogVideoXPipeline"
+
+    def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
+        super().__init__(settings, pipeline)
+        longest = self.config.max_text_seq_length
+        if not self.config.use_rotary_positional_embeddings and self.max_sequence_length != longest:
+            raise ValueError(
+                f"policy.max_sequence_length must be {longest} for this model, whose places are counted on from "
+                f"those of the text; got {self.max_sequence_length}"
+            )
+
+    def read_schedule(self) -> None:
+        from diffusers import CogVideoXDDIMScheduler
+
+        self.read_table(CogVideoXDDIMScheduler)
+
+    @property
+    def patch(self) -> int:  # type: ignore[override]
+        return int(self.config.patch_size)
+
+    def default_pixels(self) -> tuple[int, int]:
+        return self.config.sample_height * self.scale, self.config.sample_width * self.scale
+
+    def default(self, name: str) -> Any:
+        return self.config.sample_frames if name == "num_frames" else super().default(name)
+
+    @property
+    def extra(self) -> int:
+        """Frames of the latent before those of the video."""
+        return -((self.frames - 1) // self.temporal + 1) % (self.config.patch_size_t or 1)
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        channels, frames, *sides = super().latent_shape(height, width)
+        return (channels, frames + self.extra, *sides)
+
+    def encode(self, text: str) -> Condition:
+        embeds, _ = self.pipeline.encode_prompt(
+            [text],
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )
+        return {"embeds": embeds[0]}
+
+    def predict(self, network: nn.Module, y: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        frames, high, wide = y.shape[2:]
+        places = None
+        if self.config.use_rotary_positional_embeddings:
+            places = self.pipeline._prepare_rotary_positional_embeddings(
+                high * self.scale, wide * self.scale, frames, y.device
+            )
+        predicted: Tensor = network(
+            hidden_states=y.transpose(1, 2).to(condition["embeds"].dtype),
+            encoder_hidden_states=condition["embeds"],
+            timestep=t,
+            image_rotary_emb=places,
+            return_dict=False,
+        )[0]
+        return predicted.transpose(1, 2)
+
+    def from_vae(self, raw: Tensor) -> Tensor:
+        """With the first frame as often as the network needs it besides."""
+        latents = super().from_vae(raw) / self._end.sqrt().to(raw.device)
+        return torch.cat([latents[:, :, :1].expand(-1, -1, self.extra, -1, -1), latents], 2)
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        return super().to_vae(latents[:, :, self.extra :] * self._end.sqrt().to(latents.device))
