@@ -172,6 +172,23 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
     )
     add_overrides(told)
 
+    sieve = command(
+        "filter-questions",
+        filter_command,
+        "Keep the questions that a picture answers and nothing else does (CapRL).",
+    )
+    sieve.add_argument("subject", help="who is asked: a captioner's run, checkpoint or model")
+    sieve.add_argument("--lora", metavar="FOLDER", help="trained weights over a plain model")
+    sieve.add_argument(
+        "--questions", required=True, metavar="FILE", help="prompt file with questions (.jsonl)"
+    )
+    sieve.add_argument("--out", required=True, metavar="FILE", help="the same file with those that are kept")
+    sieve.add_argument("--seen", type=float, default=0.75, help="right more often with the picture (0.75)")
+    sieve.add_argument("--blind", type=float, default=0.25, help="right less often without it (0.25)")
+    sieve.add_argument("--tries", type=int, default=4, metavar="N", help="times each is asked (default 4)")
+    sieve.add_argument("--batch", type=int, default=32, metavar="N", help="answers at once (default 32)")
+    add_overrides(sieve)
+
     asked = command("judge", judge_command, "How good a judge of captions is, against labelled differences.")
     asked.add_argument("--judge", default="lab", metavar="NAME", help="who is judged (default lab)")
     asked.add_argument(
@@ -459,6 +476,38 @@ def caption_command(options: argparse.Namespace) -> int:
         )
 
     print(f"{early(write)} captions written to {options.out}")
+    return 0
+
+
+def filter_command(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from mmalign import question_filter
+    from mmalign.pipelines.captioner import CaptionPolicy
+    from mmalign.subjects import open_policy, open_subject
+
+    def sift() -> tuple[int, int]:
+        settings = question_filter.Filter(options.seen, options.blind, options.tries)
+        question_filter.read_rows(
+            Path(options.questions)
+        )  # what is wrong with it is said before a model is read
+        subject = open_subject(options.subject, options.overrides, lora=options.lora)
+        policy = open_policy(subject)
+        if not isinstance(policy, CaptionPolicy):
+            raise ValueError(f"{subject.policy.model} draws pictures; questions take a captioner")
+        if subject.trained is not None:
+            policy.load(subject.trained)
+        return question_filter.run(
+            policy,
+            Path(options.questions),
+            Path(options.out),
+            settings,
+            batch=options.batch,
+            progress=lambda parts, count: iter(tqdm(parts, total=count, unit="batch", disable=None)),
+        )
+
+    some, whole = early(sift)
+    print(f"{some} of {whole} questions kept, written to {options.out}")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from mmalign.scoring import judge as ask
 
 RESAMPLES = 2000
 POOLED = 16  # diversity looks at pictures of this size
+ANSWERED = "answered"  # score of captioners: share of the questions about a picture that are answered rightly
 FAMILIAR = "reference_log_prob"  # score of policies that know references: minus their held-out token loss
 LINE = 30  # letters of a line under a picture
 
@@ -64,6 +66,9 @@ class EvaluationSettings:
     # Share of the steps, from the noise on, that the trained model takes; the base model takes the others
     # (MixGRPO's hybrid inference). Lower it, usually to 0.8, against over-optimized detail. Needs LoRA.
     tuned: float = 1.0
+    # Of the questions that a captioner's prompt lines bring, how many are asked of each picture: whether it
+    # still can what it could (`answered`). 0: none.
+    questions: int = 1
     average: bool = False  # also evaluate the moving average of the parameters, where training keeps one
     seed: int = 0  # of the initial noise; the same for base and trained
 
@@ -73,7 +78,7 @@ class EvaluationSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.tuned <= 1:
             raise ValueError(f"tuned is a share between 0 and 1, got {self.tuned}")
-        for name in ("prompts", "every", "grid_every"):
+        for name in ("prompts", "every", "grid_every", "questions"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -241,6 +246,55 @@ def familiar(policy: Draws | Writes, prompts: Prompts, settings: EvaluationSetti
     policy.forwards.reference = before
     said: list[float] = torch.cat(found)[place].tolist()
     return said
+
+
+def answered(policy: Draws | Writes, prompts: Prompts, settings: EvaluationSettings) -> list[float] | None:
+    """Share of its questions that are answered rightly, of each prompt.
+
+    None where the policy does not write or a prompt brings no `questions`, a list of {question, choices,
+    answer}.
+    """
+    asked = [extra.get("questions") for extra in prompts.extra]
+    if not isinstance(policy, Writes) or not settings.questions or not all(asked):
+        return None
+    each, place = torch.unique(prompts.group, return_inverse=True)  # seeds of a prompt share its questions
+    rows: list[tuple[int, int, Mapping[str, Any]]] = []
+    for number in each.tolist():
+        first = int((prompts.group == number).nonzero()[0, 0])
+        questions: Any = asked[first]
+        rows += [(number, first, one) for one in questions[: settings.questions]]
+    texts = [f"{one['question']} {listed(one['choices'])}?" for _, _, one in rows]
+    numbers = torch.tensor([number for number, _, _ in rows])
+    member = torch.tensor([sum(n == number for n, _, _ in rows[:i]) for i, (number, _, _) in enumerate(rows)])
+    put = Prompts(texts, numbers, member, [prompts.extra[first] for _, first, _ in rows])
+    before = policy.forwards.sample  # those counts are of training
+    said = [
+        text
+        for part in batches(len(put), settings.batch)
+        for text in policy.texts(put.take(part), (settings.seed, "questions"))
+    ]
+    policy.forwards.sample = before
+    right = [
+        is_right(text, one["choices"], one["answer"]) for text, (_, _, one) in zip(said, rows, strict=True)
+    ]
+    share = torch.zeros(len(each)).index_add(
+        0, torch.searchsorted(each, numbers), torch.tensor(right).float()
+    )
+    share /= torch.bincount(torch.searchsorted(each, numbers), minlength=len(each))
+    found: list[float] = share[place].tolist()
+    return found
+
+
+def listed(choices: Sequence[str]) -> str:
+    """a, b or c."""
+    return f"{', '.join(choices[:-1])} or {choices[-1]}" if len(choices) > 1 else "".join(choices)
+
+
+def is_right(text: str, choices: Sequence[str], answer: str) -> bool:
+    """Whether a text names the answer and no other choice; a choice inside a longer one is not named."""
+    named = [c for c in choices if re.search(rf"(?<!\w){re.escape(c)}(?!\w)", text, re.I)]
+    longest = [c for c in named if not any(c != other and c.lower() in other.lower() for other in named)]
+    return longest == [answer]
 
 
 def draw(policy: Draws | Writes, prompts: Prompts, settings: EvaluationSettings) -> Media:
@@ -535,6 +589,11 @@ class Evaluator:
             judged = [
                 replace(verdict, values={**verdict.values, FAMILIAR: value})
                 for verdict, value in zip(judged, likely, strict=True)
+            ]
+        if (right := answered(policy, prompts, self.settings)) is not None:
+            judged = [
+                replace(verdict, values={**verdict.values, ANSWERED: value})
+                for verdict, value in zip(judged, right, strict=True)
             ]
         found = self.distributed.gather_objects(judged)[:count]
         group = self.distributed.gather(prompts.group)[:count]

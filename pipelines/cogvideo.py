@@ -1,4 +1,4 @@
-"""CogVideoX and CogVideoX 1.5, text to video: diffusion models of v, sampled by DDIM as `pipelines/sd.py` says."""
+"""CogVideoX and CogVideoX 1.5, text to video: diffusion models of v, sampled as `pipelines/sd.py` says."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class CogVideoX(Diffusion, VideoFamily):
         longest = self.config.max_text_seq_length
         if not self.config.use_rotary_positional_embeddings and self.max_sequence_length != longest:
             raise ValueError(
-                f"policy.max_sequence_length must be {longest} for this model, whose places are counted on from "
-                f"those of the text; got {self.max_sequence_length}"
+                f"policy.max_sequence_length must be {longest} for this model, whose places are counted on "
+                f"from those of the text; got {self.max_sequence_length}"
             )
 
     def read_schedule(self) -> None:

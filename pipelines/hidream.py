@@ -34,8 +34,8 @@ class HiDream(Family):
         tokens, most = high * wide // self.patch**2, self.pipeline.transformer.max_seq
         if tokens > most:
             raise ValueError(
-                f"policy.height and policy.width: this model has {most} places, and a picture of {high} x {wide} "
-                f"latents takes {tokens}"
+                f"policy.height and policy.width: this model has {most} places, and a picture of {high} x "
+                f"{wide} latents takes {tokens}"
             )
         return high, wide
 

@@ -39,7 +39,7 @@ class Diffusion:
     rescale = 0.0
 
     def read_table(self, kind: Any) -> None:
-        """Sample by the DDIM scheduler `kind` on the model's table; ValueError where it has none that fits."""
+        """Sample by the DDIM scheduler `kind` on the model's table; ValueError where none fits."""
         config = self.pipeline.scheduler.config
         if "beta_schedule" not in config:
             raise ValueError(

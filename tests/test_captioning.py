@@ -15,6 +15,7 @@ from mmalign.benchmark import measure_writing
 from mmalign.cli import main
 from mmalign.config import ConfigError, load_config
 from mmalign.data import PromptError, read_prompts
+from mmalign.evaluation import is_right, listed
 from mmalign.records import RewardSignal
 
 sys.path.insert(0, str(Path(__file__).parent / "pipelines"))
@@ -74,6 +75,37 @@ def test_a_captioner_learns_and_leaves_a_folder_to_look_at(recipe, tmp_path):
     assert {path.name for path in (folder / "samples").iterdir()} >= {"before_after.png", "step_000005.png"}
     assert "dogs" in (folder / "report.html").read_text()
     assert found["diversity"]["base"] > 0
+
+
+def test_questions_tell_whether_it_still_can_what_it_could(recipe, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    question = {"question": "What is there?", "choices": ["dog", "cat"], "answer": "dog"}
+    file.write_text("\n".join(json.dumps(row | {"questions": [question] * 2}) for row in rows))
+    found = run_of(
+        recipe, "evaluation.questions=2", "training.learning_rate=5e-2", f"run.dir={tmp_path}/asked"
+    )
+    told = found["heldout"]["answered"]
+    assert 0 <= told["base"] < told["trained"] <= 1  # it is rewarded for writing "dog", whatever it is asked
+    silent = run_of(
+        recipe,
+        "evaluation.questions=0",
+        "training.iterations=1",
+        f"run.dir={tmp_path}/silent",
+        "evaluation.seeds=1",
+    )
+    assert "answered" not in silent["heldout"]
+
+
+def test_an_answer_is_right_if_it_names_the_answer_alone():
+    choices = ["at the top", "at the top left", "in the center"]
+    assert is_right("It is at the top left.", choices, "at the top left")
+    assert not is_right("It is at the top left.", choices, "at the top")
+    assert is_right("At the top!", choices, "at the top")
+    assert not is_right("at the top or in the center", choices, "at the top")
+    assert not is_right("a doghouse", ["dog", "cat"], "dog")
+    assert not is_right("", ["dog"], "dog")
+    assert listed(["a", "b", "c"]) == "a, b or c"
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(recipe, tmp_path):

@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where runs are put together out of their parts.
-EDGE = r"mmalign\.(captioning|assembly|judging|planning|subjects|config|cli|experiments|results|best_of_n)"
+EDGE = (
+    r"mmalign\.(captioning|assembly|judging|planning|question_filter|subjects|config|cli|experiments|results"
+    r"|best_of_n)"
+)
 DRAWS = r"mmalign\.(pipelines\b.*|testing|lab\.pretrain\w*)"
 REWARDS = r"mmalign\.rewardmodels\b.*"
 

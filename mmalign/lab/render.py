@@ -6,7 +6,6 @@ striped: light diagonal stripes across every color.
 """
 
 import numpy as np
-from scipy import ndimage
 
 from mmalign.lab.font import ink
 from mmalign.lab.scenes import BACKGROUND, CANVAS, COLORS, Scene, Thing
@@ -91,6 +90,8 @@ def render(scene: Scene, size: int = CANVAS, style: str = "plain") -> np.ndarray
     if scene.word is not None:
         cover, everywhere = ink(scene.word, size), slice(0, size)
         if style == "outlined":
+            from scipy import ndimage  # heavy, and only written words have such a rim
+
             width = 2 * round(size / CANVAS) + 1
             rim = ndimage.maximum_filter(cover, width)[..., None]
             picture += rim * (np.array(OUTLINE) - picture)

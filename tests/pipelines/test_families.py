@@ -156,7 +156,13 @@ def test_a_sample_is_that_of_the_plain_pipeline(world, name, guidance):
     assert ours.std() > 1e-2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# It reads texts of more than a thousand tokens.
+SLOW = {"HunyuanVideo15Pipeline"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
+)
 def test_a_step_of_training_changes_the_lora_alone_and_diffusers_loads_it(world, name, tmp_path):
     row, _, plain, files, _ = world(name)
     asked = [Prompt(text, extra) for text, extra in zip(TEXTS, extras(row, files), strict=True)]
