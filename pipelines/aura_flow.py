@@ -30,15 +30,6 @@ class AuraFlow(Family):
     def patch(self) -> int:  # type: ignore[override]
         return int(self.config.patch_size)
 
-    def encode(self, text: str) -> Condition:
-        embeds, *_ = self.pipeline.encode_prompt(
-            [text],
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
-        return {"embeds": embeds[0]}
-
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         return schedule(self.pipeline.scheduler, steps, None, None)
 

@@ -56,15 +56,6 @@ class CogVideoX(Diffusion, VideoFamily):
         channels, frames, *sides = super().latent_shape(height, width)
         return (channels, frames + self.extra, *sides)
 
-    def encode(self, text: str) -> Condition:
-        embeds, _ = self.pipeline.encode_prompt(
-            [text],
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.max_sequence_length,
-            device=self.device,
-        )
-        return {"embeds": embeds[0]}
-
     def predict(self, network: nn.Module, y: Tensor, t: Tensor, condition: Condition) -> Tensor:
         frames, high, wide = y.shape[2:]
         places = None

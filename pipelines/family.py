@@ -93,7 +93,14 @@ class Family:
         return next(self.network.parameters()).device
 
     def encode(self, text: str) -> Condition:
-        raise NotImplementedError
+        """What the network is told of a text, without a batch; here embeddings of one encoder alone."""
+        embeds, *_ = self.pipeline.encode_prompt(
+            [text],
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )
+        return {"embeds": embeds[0]}
 
     # ---- time
 

@@ -36,6 +36,25 @@ SCORED_CLIPS = 64  # of prompts that are not trained on, at every snapshot
 SCORED_IMAGES = 2  # of each held-out prompt, at every snapshot
 
 
+def add_settings(parser: argparse.ArgumentParser, settings: Any) -> None:
+    """An option for each number or word among the settings, a dataclass."""
+    for field in fields(settings):
+        default = field.default
+        if isinstance(default, int | float | str):
+            name = "--" + field.name.replace("_", "-")
+            parser.add_argument(name, type=type(default), default=default, help=str(default))
+
+
+def parsed(given: list[str], settings: Any, which: str, result: str) -> tuple[Any, Path]:
+    """The settings that `pretrain_lab.py WHICH` was given, and the folder of the run."""
+    parser = argparse.ArgumentParser(prog=f"pretrain_lab.py {which}")
+    parser.add_argument("--out", type=Path, required=True, help=f"the run; OUT/{result} is the result")
+    add_settings(parser, settings)
+    chosen = vars(parser.parse_args(given))
+    out = chosen.pop("out")
+    return settings(**chosen), out
+
+
 def arguments() -> argparse.Namespace:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
@@ -44,12 +63,7 @@ def arguments() -> argparse.Namespace:
         "--data", type=Path, help="folder with metadata.jsonl or .tar shards; without, the lab"
     )
     parser.add_argument("--start", type=Path, help="a pipeline of this script whose flow is trained further")
-    for field in fields(Pretraining):
-        if isinstance(field.default, int | float | str):
-            kind, default = type(field.default), field.default
-            parser.add_argument(
-                "--" + field.name.replace("_", "-"), type=kind, default=default, help=str(default)
-            )
+    add_settings(parser, Pretraining)
     parser.add_argument("--layers", type=int, help="of the transformer")
     parser.add_argument("--heads", type=int, help="of the transformer, each 32 wide")
     parser.add_argument("--text-length", type=int, help="tokens of a caption, start and end included")
@@ -92,14 +106,7 @@ def captioner(given: list[str]) -> None:
     from mmalign.lab.captions import draw_scene
     from mmalign.lab.pretrain_captioner import CaptionerPretraining, pretrain_captioner, rates
 
-    parser = argparse.ArgumentParser(prog="pretrain_lab.py captioner", description=captioner.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the run; OUT/captioner is the result")
-    for field in fields(CaptionerPretraining):
-        kind = type(field.default)
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)  # type: ignore[arg-type]
-    chosen = vars(parser.parse_args(given))
-    out = chosen.pop("out")
-    config = CaptionerPretraining(**chosen)
+    config, out = parsed(given, CaptionerPretraining, "captioner", "captioner")
     rng, unseen = (random.Random(f"captioner {purpose}{config.seed}") for purpose in ("", "heldout "))
     scenes = [draw_scene(rng) for _ in range(CAPTIONED_SCENES)]
     scored = [draw_scene(unseen, "heldout") for _ in range(100)]
@@ -118,13 +125,7 @@ def video(given: list[str]) -> None:
     from mmalign.lab.clips import list_clip_prompts
     from mmalign.lab.pretrain_video import VideoPretraining, pretrain_video, sample_clips, scores
 
-    parser = argparse.ArgumentParser(prog="pretrain_lab.py video", description=video.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the run; OUT/pipeline is the result")
-    for field in fields(VideoPretraining):
-        kind = type(field.default)
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)  # type: ignore[arg-type]
-    chosen = vars(parser.parse_args(given))
-    out = chosen.pop("out")
+    config, out = parsed(given, VideoPretraining, "video", "pipeline")
     prompts = list_clip_prompts(SCORED_CLIPS, "train", seed=2)
 
     def snapshot(pipeline: Any, step: int) -> None:
@@ -133,7 +134,7 @@ def video(given: list[str]) -> None:
             log.write(json.dumps({"step": step, **found}) + "\n")
         print(f"\nstep {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
 
-    pretrain_video(VideoPretraining(**chosen), out, snapshot)
+    pretrain_video(config, out, snapshot)
 
 
 def vision(which: str, given: list[str]) -> None:
@@ -142,17 +143,9 @@ def vision(which: str, given: list[str]) -> None:
     from mmalign.lab.pretrain_dino import DinoTraining, train_dino
 
     settings: Any = ClipTraining if which == "clip" else DinoTraining
-    parser = argparse.ArgumentParser(prog=f"pretrain_lab.py {which}", description=vision.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help=f"the run; OUT/{which} is the result")
-    for field in fields(settings):
-        if isinstance(field.default, int | float | str):
-            kind, default = type(field.default), field.default
-            parser.add_argument(
-                "--" + field.name.replace("_", "-"), type=kind, default=default, help=str(default)
-            )
-    chosen = vars(parser.parse_args(given))
-    out, train = chosen.pop("out"), train_clip if which == "clip" else train_dino
-    found = json.dumps(train(settings(**chosen), out), indent=2)
+    config, out = parsed(given, settings, which, which)
+    train = train_clip if which == "clip" else train_dino
+    found = json.dumps(train(config, out), indent=2)
     (out / f"{which}_quality.json").write_text(found + "\n")
     print(found)
 

@@ -40,9 +40,7 @@ def policy_of(folder: Path, text: TextSettings | None = None, **settings: Any) -
     return policy
 
 
-def asked(
-    files: list[str], members: int = 3, texts: tuple[str, ...] = ("describe the picture", "two")
-) -> Prompts:
+def asked(files: list[str], members: int = 3) -> Prompts:
     """Groups of members; prompts of two lengths."""
     texts = ("describe the picture", "two")
     group = torch.arange(len(files)).repeat_interleave(members)
@@ -72,6 +70,16 @@ def gradients(policy: CaptionPolicy, trajectory, size: int) -> tuple[Tensor, dic
     found = {name: p.grad.clone() for name, p in policy.module.named_parameters() if p.grad is not None}
     policy.module.zero_grad()
     return total, found
+
+
+def assert_same_learning(shared: CaptionPolicy, apart: CaptionPolicy, trajectory) -> None:
+    """Of single precision: loss and every gradient are the same, whether a prefix is shared or not."""
+    (loss, found), (other, wanted) = (gradients(policy, trajectory, 6) for policy in (shared, apart))
+    assert_close(loss, other, atol=1e-4, rtol=1e-5)
+    assert found.keys() == wanted.keys()
+    assert any(gradient.abs().max() > 0 for gradient in found.values())
+    for part, gradient in found.items():
+        assert_close(gradient, wanted[part], atol=1e-4 * float(wanted[part].abs().max()) + 1e-6, rtol=0)
 
 
 def test_a_folder_in_transformers_format_needs_no_flag(folder):
