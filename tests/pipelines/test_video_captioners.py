@@ -10,7 +10,7 @@ import pytest
 import torch
 from captioners import clip, pictures, tiny_captioner, tiny_llava
 from PIL import Image
-from test_captioner import KEY, gradients, policy_of, stir
+from test_captioner import KEY, assert_same_learning, gradients, policy_of, stir
 from torch.testing import assert_close
 
 from mmalign.contracts import TextSettings
