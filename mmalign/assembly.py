@@ -36,6 +36,7 @@ from mmalign.records import Outcome, Plan, Split
 from mmalign.rewardmodels import load as load_reward
 from mmalign.scoring import Scorer, judge
 from mmalign.sde import Noise
+from mmalign.subjects import seen_references
 from mmalign.tracking import METRICS, ROLLOUTS, SAMPLES, NoTracker, RunTracker, Tracker
 from mmalign.trainer import AVERAGE, Algorithm, Trainer
 
@@ -212,7 +213,9 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
         folder if write else None,
         composer=composer,
     )
-    evaluator = Evaluator(heldout, rewards, config.evaluation, distributed)
+    evaluator = Evaluator(
+        heldout, rewards, config.evaluation, distributed, *seen_references(config.evaluation)
+    )
     probe(rewards, policy, evaluator)
     cost = cost_of(config, algorithm, policy)
     plan = derive(config, algorithm, policy, cost, distributed.world, len(source.prompts))

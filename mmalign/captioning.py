@@ -11,9 +11,10 @@ import torch
 
 from mmalign.config import ConfigError
 from mmalign.evaluation import batches
+from mmalign.pictures import STILLS, stills_in
 from mmalign.pipelines.captioner import CaptionPolicy
 from mmalign.records import Prompts
-from mmalign.subjects import IMAGES, Subject, open_policy
+from mmalign.subjects import Subject, open_policy
 
 DESCRIBE = "Describe the picture."
 
@@ -22,9 +23,9 @@ def pictures_in(folder: Path) -> list[Path]:
     """The picture files of a folder and of those inside it, sorted; ConfigError where there are none."""
     if not folder.is_dir():
         raise ConfigError(f"--images: there is no folder {folder}")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    found = stills_in(folder)
     if not found:
-        raise ConfigError(f"--images: {folder} holds no pictures ({', '.join(IMAGES)})")
+        raise ConfigError(f"--images: {folder} holds no pictures ({', '.join(STILLS)})")
     return found
 
 

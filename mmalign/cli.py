@@ -127,13 +127,15 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
         "--baseline", metavar="FILE", help="compare, prompt by prompt, with what an earlier --json wrote"
     )
     evaluate.add_argument(
-        "--reference", metavar="FOLDER", help="pictures to measure KID, precision and recall against"
+        "--reference",
+        metavar="PLACE",
+        help="folder or zip of pictures to measure KID, precision and recall against (evaluation.references)",
     )
     evaluate.add_argument(
         "--features",
-        default="pixels",
         metavar="NAME",
-        help="network that these are measured by: pixels, efficientnet, or the folder of an image model",
+        help="network that these are measured by: pixels, efficientnet, or the folder of an image model "
+        "(evaluation.features)",
     )
     evaluate.add_argument(
         "--references",

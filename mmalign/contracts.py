@@ -259,6 +259,9 @@ class PolicySettings:
     # Folder of a run or of one of its checkpoints whose weights training begins with, such as a warm start by
     # sft; of the same model and the same lora. null: those of the model.
     weights: str | None = None
+    # Folder or hub id of an autoencoder in place of the model's own, of the same class and latents: one that
+    # works in fp16, or that can draw what the model is to learn. null: its own.
+    vae: str | None = None
     height: int | None = None  # pixels; null: the model's own size
     width: int | None = None  # pixels; null: the model's own size
     # Of a video that is drawn: its length, null: the model's own. Of one that a captioner reads: how many of

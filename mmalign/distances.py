@@ -49,6 +49,18 @@ def kid(x: Tensor, y: Tensor) -> float:
     return float(within[0] + within[1] - 2 * kernel(x, y).mean())
 
 
+def kid_parts(x: Tensor, y: Tensor) -> Tensor:
+    """What each of x [n, D] adds to the KID against y [m, D]: [n], whose mean is the KID.
+
+    By its first-order influence, 2 mean_j k(x_i, x_j) - 2 mean_j k(x_i, y_j) and what makes the mean right,
+    so that means over draws of x spread as the KIDs of those draws do.
+    """
+    x, y = x.double(), y.double()
+    alike = kernel(x, x)
+    influence = 2 * ((alike.sum(1) - alike.diagonal()) / (len(x) - 1) - kernel(x, y).mean(1))
+    return influence + kid(x, y) - influence.mean()
+
+
 def kid_interval(x: Tensor, y: Tensor, subsets: int = 100, seed: int = 0) -> tuple[float, float]:
     """Where the middle 95 % of the KIDs of random halves of both sets lie: how far chance may move it."""
     draws = generator(seed, "kid")

@@ -34,7 +34,7 @@ from mmalign.contracts import (
     Writes,
 )
 from mmalign.data import Prompt
-from mmalign.distances import Distances, Extract, compare, extracted
+from mmalign.distances import Distances, Extract, compare, extracted, kid_parts
 from mmalign.grids import CELL, Panel, fit, from_pil
 from mmalign.pictures import still
 from mmalign.randomness import generator
@@ -43,6 +43,7 @@ from mmalign.scoring import judge as ask
 
 RESAMPLES = 2000
 POOLED = 16  # diversity looks at pictures of this size
+KID = "kid"  # score of pictures beside references, in the features that were asked for; less is better
 ANSWERED = "answered"  # score of captioners: share of the questions about a picture that are answered rightly
 FAMILIAR = "reference_log_prob"  # score of policies that know references: minus their held-out token loss
 LINE = 30  # letters of a line under a picture
@@ -69,6 +70,12 @@ class EvaluationSettings:
     # Of the questions that a captioner's prompt lines bring, how many are asked of each picture: whether it
     # still can what it could (`answered`). 0: none.
     questions: int = 1
+    # A folder or zip of pictures that the drawn ones are to look like: measure KID (the score `kid`, less is
+    # better), precision and recall.
+    references: str | None = None
+    features: str = (
+        "pixels"  # what these are measured in: pixels, efficientnet, or the folder of an image model
+    )
     average: bool = False  # also evaluate the moving average of the parameters, where training keeps one
     seed: int = 0  # of the initial noise; the same for base and trained
 
@@ -514,6 +521,17 @@ def claims_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}_claims.json")
 
 
+def beside(found: Evaluated, features: Tensor, group: Tensor, references: Tensor) -> Evaluated:
+    """The same with distances to references [m, D], by the features [B, D] of the pictures of `group` [B]."""
+    parts = kid_parts(features, references)
+    return replace(
+        found,
+        distances=compare(features, group, references),
+        scores={**found.scores, KID: score(parts, group)},
+        by_prompt={**found.by_prompt, KID: prompt_means(parts, group).tolist()},
+    )
+
+
 class Evaluator:
     """Draws and judges the same prompts from the same noise whenever asked; processes share the work."""
 
@@ -541,7 +559,7 @@ class Evaluator:
         images, found, group, small, features = self._run(policy, places, self.settings.seeds)
         result = replace(summarize(found, small, group), prompts=[prompt.text for prompt in self.prompts])
         if self.references is not None:
-            result = replace(result, distances=compare(features, group, self.references))
+            result = beside(result, features, group, self.references)
         seeds = min(self.settings.seeds, self.settings.show_seeds)
         shown = self._shown(images, found, self.on_grid, self.settings.seeds, seeds)
         seconds = time.perf_counter() - began

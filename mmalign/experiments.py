@@ -23,7 +23,7 @@ from mmalign import assembly, checkpoints, report
 from mmalign.config import ConfigError, RunConfig, load_config, nearest, parse_yaml, recipe, section
 from mmalign.evaluation import Alone, EvaluationSettings, Evaluator, spread
 from mmalign.frontier import path_kl
-from mmalign.subjects import chosen_prompts, make, open_policy, open_subject
+from mmalign.subjects import chosen_prompts, make, open_policy, open_subject, seen_references
 from mmalign.tracking import METRICS
 
 KL_PROMPTS, KL_STEPS = 64, 10  # how many held-out prompts the divergence is measured on, by how many steps
@@ -249,7 +249,10 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 def beginning(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the evaluation of an untrained policy depends on."""
-    watched = ("prompts", "seeds", "steps", "guidance", "seed", "show", "show_seeds")
+    watched = (
+        *("prompts", "seeds", "steps", "guidance", "seed", "show", "show_seeds"),
+        *("references", "features"),
+    )
     return {
         "policy": config["policy"],
         "rewards": {name: {**given, "weight": 0} for name, given in config["rewards"].items()},
@@ -293,7 +296,7 @@ def measure(experiment: Experiment, home: Path, folder: Path) -> None:
     policy.load(subject.trained)
     for side, name in missing:
         settings = replace(subject.evaluation, **experiment.evaluations[name])
-        evaluator = Evaluator(prompts, rewards, settings, Alone())
+        evaluator = Evaluator(prompts, rewards, settings, Alone(), *seen_references(settings))
         with policy.copies.use(side) if side == report.BASE else nullcontext():
             evaluator.scores(policy)[0].save(place / extra(side, name))
     if experiment.kl:

@@ -94,6 +94,18 @@ def missing(file: Path | str) -> str | None:
         return None if member in opened.NameToInfo else f"{archive} holds no {member}"
 
 
+def stills_in(place: Path) -> list[Path]:
+    """The picture files in a folder and the folders in it, or in a zip, by name; none where it is neither."""
+    if place.is_dir():
+        found = list(place.rglob("*"))
+    elif place.is_file() and zipfile.is_zipfile(place):
+        with zipfile.ZipFile(place) as archive:
+            found = [place / name for name in archive.namelist()]
+    else:
+        found = []
+    return sorted(path for path in found if path.suffix.lower() in STILLS)
+
+
 def open_picture(file: Path | str) -> Image.Image:
     """The picture in RGB, at its own size; ValueError names the file that cannot be read."""
     from PIL import Image

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mmalign import checkpoints
@@ -31,20 +30,23 @@ from mmalign.config import (
 )
 from mmalign.contracts import PolicySettings, RewardModel
 from mmalign.data import Prompt, read_prompts
-from mmalign.distances import Extract, compare, extracted, pixels
+from mmalign.distances import Extract, extracted, pixels
 from mmalign.evaluation import (
+    KID,
     Alone,
     Evaluated,
     EvaluationSettings,
     Evaluator,
     Score,
     Shown,
+    beside,
     gain,
     no_nan,
     summarize,
     verdicts,
     wins,
 )
+from mmalign.pictures import STILLS, open_picture, stills_in
 from mmalign.pipelines import load as load_policy
 from mmalign.pipelines import pipeline_class
 from mmalign.pipelines.flow import FlowPolicy
@@ -53,7 +55,6 @@ from mmalign.rewardmodels import load as load_reward
 from mmalign.rewardmodels.features import load_features
 from mmalign.sde import Noise
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BEFORE, AFTER = "before", "after"
 BASELINE = "baseline"
 
@@ -161,6 +162,9 @@ def adapted(settings: EvaluationSettings, options: argparse.Namespace, show: boo
         changes |= {"seeds": seeds, "show_seeds": seeds}
     if options.steps is not None:
         changes["steps"] = options.steps
+    for option, name in (("reference", "references"), ("features", "features")):
+        if getattr(options, option, None) is not None:
+            changes[name] = getattr(options, option)
     return replace(settings, **changes)
 
 
@@ -208,14 +212,14 @@ def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]
         given = named_rewards(options.rewards)
         if not given:
             raise ConfigError("a folder of images needs --rewards NAME [NAME ...] to be scored by")
-        extract, pictures = references_of(options)
+        extract, pictures = reference_features(options.reference, options.features or "pixels")
         return {"images": score_images(place, make(given), extract=extract, references=pictures)}
     subject = open_subject(path, options.overrides, options.rewards, options.lora)
     if not subject.rewards:
         raise ConfigError("a plain model brings no rewards: name them by --rewards NAME [NAME ...]")
     prompts = chosen_prompts(options.prompts, subject.prompts)
     settings = adapted(subject.evaluation, options, show=False)
-    evaluator = Evaluator(prompts, make(subject.rewards), settings, Alone(), *references_of(options))
+    evaluator = Evaluator(prompts, make(subject.rewards), settings, Alone(), *seen_references(settings))
     policy, found = open_policy(subject), {}
     if options.references is not None:
         write_references(Path(options.references), evaluator.quantiles(policy, options.quantile), options)
@@ -227,19 +231,25 @@ def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]
     return found
 
 
-def references_of(options: argparse.Namespace) -> tuple[Extract, Tensor] | tuple[None, None]:
-    """The network that sees features, and the features of the reference pictures, if there are some."""
-    if options.reference is None:
+def seen_references(settings: EvaluationSettings) -> tuple[Extract, Tensor] | tuple[None, None]:
+    """What `Evaluator` needs to measure distances, if it is to."""
+    return reference_features(settings.references, settings.features)
+
+
+def reference_features(
+    place: str | None, features: str = "pixels"
+) -> tuple[Extract, Tensor] | tuple[None, None]:
+    """The network that sees features, and the features [m, D] of the pictures in a folder or zip, if any."""
+    if place is None:
         return None, None
-    place = Path(options.reference)
-    files = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGES)
-    if len(files) < 4:
+    if len(files := stills_in(Path(place))) < 4:
         raise ConfigError(
-            f"--reference {place}: distances need four pictures or more, there are {len(files)}"
+            f"references {place}: distances need a folder or zip of four pictures or more, there are "
+            f"{len(files)}"
         )
-    extract: Extract = pixels if options.features == "pixels" else load_features(options.features)
+    extract: Extract = pixels if features == "pixels" else load_features(features)
     # One by one, for they may differ in size.
-    return extract, torch.cat([extracted(extract, open_image(path)[None]) for path in files])
+    return extract, torch.cat([extracted(extract, picture_of(path)[None]) for path in files])
 
 
 def write_references(
@@ -271,7 +281,7 @@ def is_folder_of_images(place: Path) -> bool:
     if not place.is_dir() or (place / "config.yaml").is_file() or (place / "model_index.json").is_file():
         return False
     return (place / "metadata.jsonl").is_file() or any(
-        path.suffix.lower() in IMAGES for path in place.iterdir()
+        path.suffix.lower() in STILLS for path in place.iterdir()
     )
 
 
@@ -282,7 +292,7 @@ def captioned(place: Path) -> list[tuple[Path, Prompt]]:
     """
     table = place / "metadata.jsonl"
     if not table.is_file():
-        files = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGES)
+        files = sorted(path for path in place.iterdir() if path.suffix.lower() in STILLS)
         return [
             (path, Prompt(re.sub(r"[_\s-]+\d+$", "", path.stem).replace("_", " ").strip())) for path in files
         ]
@@ -304,10 +314,9 @@ def captioned(place: Path) -> list[tuple[Path, Prompt]]:
     return found
 
 
-def open_image(path: Path) -> Tensor:
+def picture_of(path: Path) -> Tensor:
     """[3, H, W] in [0, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1).float() / 255
 
 
 def score_images(
@@ -331,7 +340,7 @@ def score_images(
         torch.tensor(members),
         [prompt.extra for _, prompt in rows],
     )
-    images = [open_image(path) for path, _ in rows]
+    images = [picture_of(path) for path, _ in rows]
     odd = next(
         (path for (path, _), image in zip(rows, images, strict=True) if image.shape != images[0].shape), None
     )
@@ -343,7 +352,7 @@ def score_images(
     result = summarize(verdicts(rewards, prompts, stack, batch), stack, prompts.group)
     if extract is not None and references is not None:
         features = extracted(extract, stack, batch)
-        result = replace(result, distances=compare(features, prompts.group, references))
+        result = beside(result, features, prompts.group, references)
     return replace(result, prompts=list(group_of))
 
 
@@ -373,8 +382,8 @@ def subject_of(found: Mapping[str, Evaluated]) -> Evaluated:
 
 
 def against(base: Evaluated, other: Evaluated) -> dict[str, dict[str, Score]]:
-    """Score -> gain and win rate of `other` over `base`, for the scores that both have."""
-    both = [name for name in other.by_prompt if name in base.by_prompt]
+    """Score -> gain and win rate of `other` over `base`, for the scores of prompts that both have."""
+    both = [name for name in other.by_prompt if name in base.by_prompt and name != KID]
     return {n: {"gain": gain(base, other, n), "win rate": wins(base, other, n)} for n in both}
 
 

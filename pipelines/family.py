@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -258,7 +258,35 @@ def read(kind: str, settings: PolicySettings, components: Sequence[str] = ("tran
         for name in absent
         if (tokenizer := name.replace("text_encoder", "tokenizer")) in index and tokenizer not in absent
     ]
-    return pipeline.from_pretrained(settings.model, dtype=dtypes, **dict.fromkeys(absent))
+    parts = dict.fromkeys(absent) | other_vae(settings, index)
+    return pipeline.from_pretrained(settings.model, dtype=dtypes, **parts)
+
+
+def other_vae(settings: PolicySettings, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The autoencoder that the settings name in place of the pipeline's own, in fp32; nothing if they name none.
+
+    index: what the pipeline says of its parts.
+    """
+    import diffusers
+
+    if settings.vae is None:
+        return {}
+    kind = getattr(diffusers, index["vae"][1])
+    try:
+        vae = kind.from_pretrained(settings.vae, torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy.vae: {settings.vae} does not load as {kind.__name__}: {error}") from error
+    own = kind.load_config(settings.model, subfolder="vae")
+    for name in ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"):
+        given, known = vae.config.get(name), own.get(name)
+        if name == "block_out_channels":  # as many levels, or latents are of another size
+            given, known = (len(widths) if widths else None for widths in (given, known))
+        if given != known:
+            raise ValueError(
+                f"policy.vae: {settings.vae} has {name} {given}, and the model's own {known}; it must have the "
+                "same latents"
+            )
+    return {"vae": vae}
 
 
 def check_schedule(scheduler: Any) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.contracts import PolicySettings
-from mmalign.pipelines.family import rescaled
+from mmalign.pipelines.family import other_vae, rescaled
 from mmalign.pipelines.flow import DTYPES, Condition, guided
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -135,6 +135,8 @@ class StableDiffusion(Diffusion):
             "default": frozen,
         }
         self.rescale = settings.guidance_rescale
+        if pipeline is None:
+            parts |= other_vae(settings, kind.load_config(settings.model))
         self.pipeline: Any = pipeline or kind.from_pretrained(settings.model, dtype=dtypes, **parts)
         self.network: nn.Module = self.pipeline.unet
         self.read_table(DDIMScheduler)

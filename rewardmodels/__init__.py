@@ -33,6 +33,7 @@ REWARDS = {
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
+    "lab_style": "mmalign.rewardmodels.lab_style:LabStyle",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
     "lab_video": "mmalign.rewardmodels.lab_video:LabVideo",

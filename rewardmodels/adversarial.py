@@ -8,8 +8,9 @@ references, x_g: samples. Where the policy finds a flaw of the critic, the criti
 
 Unlike the public code: every rollout trains the policy and the critic, where there nine of ten train the
 critic alone; features have one length in training and in scoring; old samples stay in a buffer; a critic
-that forgets what it knew of the anchors, samples and references that it never learns from, goes back to what
-it was (after Cooper, arXiv:2508.05613); a step with a NaN is not made. Scoring looks at all places, not at a
+that knows references less surely after a lesson than before it goes back to what it was (after Cooper,
+arXiv:2508.05613), measured on anchors, samples and references that it never learns from, and on a quarter of
+the fresh samples, held back; a step with a NaN is not made. Scoring looks at all places, not at a
 draw.
 """
 
@@ -28,14 +29,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, softplus
 
-from mmalign.pictures import open_picture
+from mmalign.pictures import STILLS, open_picture, stills_in
 from mmalign.records import Outcome, RewardSignal
 from mmalign.rewardmodels.conse import CPU_BATCH
 from mmalign.rewardmodels.features import Classifier, Tower, load_features
 from mmalign.rewardmodels.inputs import pictures
 
 Loss = Literal["hinge", "logistic", "pairwise"]
-KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LEAST = 8  # references; a quarter of them are anchors
 SMALLEST = 0.1  # distance of the anchors' means below which values are not stretched any further
 SURE, UNSURE = 0.99, 0.55  # accuracies from which, and up to which, a critic has no gradient to offer
@@ -67,7 +67,8 @@ class Adversarial:
     fresh: float = 0.5  # share of the samples of a batch that are of this iteration, not of the buffer
     buffer: int = 512  # past samples that are kept; 0: none
     anchors: int = 32  # references, and samples of the first iteration, that are never learned from
-    tolerance: float = 0.1  # loss of accuracy on the anchors, against the best, at which a lesson is undone
+    # Loss of accuracy on the anchors and on fresh samples held back, in the mean, at which a lesson is undone.
+    tolerance: float = 0.1
     seed: int = 0  # of the head, of which pictures are anchors, and of all draws
     name = "adversarial"
 
@@ -106,7 +107,7 @@ class Adversarial:
             self.head.parameters(), self.learning_rate, weight_decay=self.weight_decay
         )
         self._random = torch.Generator().manual_seed(self.seed)
-        self._zero, self._unit, self._best = 0.0, 1.0, 0.0
+        self._zero, self._unit = 0.0, 1.0
         self._fits, self._sure, self._unsure = 0, 0, 0
         self._past, self._anchors = torch.zeros(0), torch.zeros(0)  # [n, 1 + patches, D]
         self._real: tuple[Tensor, Tensor] | None = None  # references to learn from, and anchors
@@ -115,6 +116,15 @@ class Adversarial:
     def __call__(self, outcome: Outcome) -> RewardSignal:
         score = self.score(self._tokens(pictures(self.name, outcome)))
         return RewardSignal(self.name, ((score - self._zero) / self._unit)[:, None])
+
+    def differentiate(self, outcome: Outcome) -> Tensor:
+        """The reward [B * views]; gradients reach the media, and not the critic."""
+        self.head.requires_grad_(False)
+        try:
+            score = self.score(self._tokens(pictures(self.name, outcome, graph=True)))
+        finally:
+            self.head.requires_grad_(True)
+        return (score - self._zero) / self._unit
 
     def score(self, tokens: Tensor) -> Tensor:
         """R [n] of features [n, 1 + places, D], before it is brought to a scale."""
@@ -127,7 +137,9 @@ class Adversarial:
         """Learn to tell the samples of all ranks, and earlier ones, from the references.
 
         Accuracies are chances that a reference is scored above a sample: fresh_accuracy of the samples of
-        this iteration before they were learned from (with held-out references), anchor_accuracy after it.
+        this iteration before they were learned from (with held-out references), anchor_accuracy after it;
+        reached_accuracy is the mean over the anchors and those samples of this iteration that the lesson has
+        held back, right after it, and undone whether that was too little.
         sure_for, unsure_for: iterations in a row in which the first was nearly 1 (the critic is too strong to
         say which flaw is the lesser), or at most nearly a half (it is lost, or the policy has arrived).
         """
@@ -157,9 +169,22 @@ class Adversarial:
         return metrics | {"buffer": float(len(self._past))}
 
     def _learn(self, fresh: Tensor) -> dict[str, float]:
-        """So many updates of the head, undone where it forgets the anchors."""
+        """So many updates of the head, undone where it knows less than before.
+
+        Anchors alone would not do for that: as samples move, what tells them from references moves too, and a
+        critic that may not forget the first samples a little could never follow.
+        """
         assert self._real is not None  # read before
         real, anchors = self._real
+        back = torch.arange(len(fresh)) % 4 == 0
+        held, fresh = fresh[back], fresh[~back]
+
+        def known() -> float:
+            with torch.no_grad():
+                one = self.score(anchors)
+                return sum(accuracy(one, self.score(x)) for x in (self._anchors, held)) / 2
+
+        before = known()
         saved = deepcopy((self.head.state_dict(), self._optimizer.state_dict()))
         losses, skipped = [], 0
         for _ in range(self.updates):
@@ -177,15 +202,14 @@ class Adversarial:
             else:
                 skipped += 1
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            one, zero = self.score(anchors), self.score(self._anchors)
-        reached = accuracy(one, zero)
-        worse = reached < self._best - self.tolerance
+        reached = known()
+        worse = reached < before - self.tolerance
         if worse:
             self.head.load_state_dict(saved[0])
             self._optimizer.load_state_dict(saved[1])
         else:
-            self._best = max(self._best, reached)
+            with torch.no_grad():
+                one, zero = self.score(anchors), self.score(self._anchors)
             self._zero = zero.mean().item()
             self._unit = max(one.mean().item() - self._zero, SMALLEST)
         return {
@@ -221,7 +245,7 @@ class Adversarial:
         if images.device != self._device:
             self._device = images.device
             self._backbone = backbone(self.features, self._device)
-        images = (images * 255).round() / 255
+        images = images + ((images * 255).round() / 255 - images).detach()  # gradients pass the rounding
         size = CPU_BATCH if images.device.type == "cpu" else self.batch
         parts = [self._backbone(part) for part in torch.split(images, size)]
         found = torch.cat([part if self.local else part[:, :1] for part in parts]).cpu()
@@ -264,7 +288,7 @@ class Adversarial:
             "random": self._random.get_state(),
             "past": self._past,
             "anchors": self._anchors,
-            "scale": [self._zero, self._unit, self._best],
+            "scale": [self._zero, self._unit],
             "counts": [self._fits, self._sure, self._unsure],
         }
 
@@ -273,7 +297,7 @@ class Adversarial:
         self._optimizer.load_state_dict(state["optimizer"])
         self._random.set_state(state["random"])
         self._past, self._anchors = state["past"], state["anchors"]
-        self._zero, self._unit, self._best = state["scale"]
+        self._zero, self._unit = state["scale"]
         self._fits, self._sure, self._unsure = state["counts"]
 
 
@@ -332,20 +356,15 @@ def tiles(images: Tensor) -> Tensor:
 def files_of(references: str) -> list[Path]:
     """The pictures in a folder or a zip, by name; ValueError where there are too few."""
     place = Path(references)
-    if place.is_dir():
-        found = [path for path in place.rglob("*") if path.suffix.lower() in KINDS]
-    elif place.is_file() and zipfile.is_zipfile(place):
-        with zipfile.ZipFile(place) as archive:
-            members = [Path(name) for name in archive.namelist()]
-        found = [place / member for member in members if member.suffix.lower() in KINDS]
-    else:
+    if not place.is_dir() and not (place.is_file() and zipfile.is_zipfile(place)):
         raise ValueError(f"adversarial: references must be a folder or a zip of pictures, got {references!r}")
+    found = stills_in(place)
     if len(found) < LEAST:
         raise ValueError(
-            f"adversarial: {references} holds {len(found)} pictures ({', '.join(KINDS)}), "
+            f"adversarial: {references} holds {len(found)} pictures ({', '.join(STILLS)}), "
             f"and needs {LEAST} or more"
         )
-    return sorted(found)
+    return found
 
 
 def fitted(file: Path, height: int, width: int) -> Tensor:

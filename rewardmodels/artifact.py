@@ -67,7 +67,8 @@ class Detector(nn.Module):
         self.network.save_pretrained(folder)  # type: ignore[operator]
         self.network.float()
         mean, std = (x.flatten().tolist() for x in self._tower.scale)
-        prepared = {"image_mean": mean, "image_std": std}
+        side = {"height": self._tower.size, "width": self._tower.size}
+        prepared = {"image_mean": mean, "image_std": std, "size": side}
         (folder / "preprocessor_config.json").write_text(json.dumps(prepared, indent=2) + "\n")
         heads = {k: v.half() for k, v in self.state_dict().items() if not k.startswith("network.")}
         save_file(heads, folder / HEADS)

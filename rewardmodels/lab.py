@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmalign.lab.grammar import parse
 from mmalign.lab.scenes import CANVAS
+from mmalign.lab.styles import READABLE, as_plain, style_of
 from mmalign.lab.tasks import Task
 from mmalign.lab.verifier import Verdict, score
 from mmalign.records import Outcome, RewardSignal, Unit
@@ -23,6 +25,7 @@ from mmalign.rewardmodels.inputs import pictures, texts
 
 Measure = Literal["soft", "strict", "mix"]
 Grain = Literal["sample", "criterion"]
+Style = Literal["plain", "pastel", "night", "striped", "any"]
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,19 @@ class LabVerifier:
 
     measure: Measure = "soft"  # soft: share of the claims that hold; strict: 1 or 0; mix: mean of both
     grain: Grain = "sample"  # criterion: one unit a claim, the first of them "nothing else is there"
+    style: Style = "plain"  # that pictures are read in; any: in the one that each seems to be in
     name = "lab"
 
     def __post_init__(self) -> None:
-        for setting, value, known in (("measure", self.measure, Measure), ("grain", self.grain, Grain)):
-            if value not in get_args(known):
+        for setting, known in (("measure", Measure), ("grain", Grain), ("style", Style)):
+            if (value := getattr(self, setting)) not in get_args(known):
                 raise ValueError(f"lab: {setting} must be one of {', '.join(get_args(known))}, got {value!r}")
 
     def __call__(self, outcome: Outcome) -> RewardSignal:
-        images: Tensor = pictures(self.name, outcome, "cpu")
-        height, width = images.shape[-2:]
-        if height != width or height % CANVAS:
-            raise ValueError(
-                f"lab: pictures must be square with a side that is a multiple of {CANVAS}, got "
-                f"{height} x {width}; draw them at {CANVAS} x {CANVAS}"
-            )
+        images = squares(self.name, outcome)
         tasks = [task_of(text) for text in texts(outcome)]
         verdicts = [
-            score(image, task) if isinstance(task, Task) else task
+            score(self.seen(image), task) if isinstance(task, Task) else task
             for image, task in zip(images.numpy(), tasks, strict=True)
         ]
         rows = [[] if isinstance(verdict, str) else self.units(verdict) for verdict in verdicts]
@@ -65,12 +63,31 @@ class LabVerifier:
             details=[detail(verdict) for verdict in verdicts],
         )
 
+    def seen(self, image: np.ndarray) -> np.ndarray:
+        """The picture [3, H, W] as the verifier reads it, which knows the plain style alone."""
+        style = style_of(image) if self.style == "any" else self.style
+        if style == "plain" or style not in READABLE:
+            return image
+        return as_plain(image, style).transpose(2, 0, 1)
+
     def units(self, verdict: Verdict) -> list[float]:
         """One number, or one a claim of the prompt; equal prompts have the same claims in the same order."""
         if self.grain == "sample":
             return [measured(verdict.soft, self.measure)]
         shares = [verdict.purity, *(check.value for check in verdict.checks)]
         return [measured(share, self.measure) for share in shares]
+
+
+def squares(name: str, outcome: Outcome) -> Tensor:
+    """Pictures [B, 3, S, S] on the CPU, S a multiple of the canvas; ValueError names the reward."""
+    images: Tensor = pictures(name, outcome, "cpu")
+    height, width = images.shape[-2:]
+    if height != width or height % CANVAS:
+        raise ValueError(
+            f"{name}: pictures must be square with a side that is a multiple of {CANVAS}, got "
+            f"{height} x {width}; draw them at {CANVAS} x {CANVAS}"
+        )
+    return images
 
 
 def measured(share: float, measure: Measure) -> float:

@@ -35,6 +35,7 @@ from mmalign.rewardmodels.artifact import Detector
 from mmalign.rewardmodels.artifact_training import (
     LABELS,
     evaluate_detector,
+    fresh_tower,
     read_labeled,
     table,
     train_detector,
@@ -61,7 +62,10 @@ def arguments() -> argparse.Namespace:
     part = commands.add_parser("train", help="a detector")
     part.add_argument("--data", type=Path, required=True, help="what `make` wrote, or labels of your own")
     start = part.add_mutually_exclusive_group(required=True)
-    start.add_argument("--tower", help="folder or hub id of an image model, assets/lab/dino")
+    start.add_argument(
+        "--tower",
+        help="folder or hub id of an image model, assets/lab/dino; resnet: a small one from nothing",
+    )
     start.add_argument("--start", help="detector that is trained further")
     part.add_argument("--out", type=Path, required=True, help="folder of the detector")
     part.add_argument("--steps", type=int, default=1000)
@@ -142,6 +146,9 @@ def train(options: argparse.Namespace) -> None:
         bar.set_postfix({key: f"{value:.3f}" for key, value in mean.items()}, refresh=False)
         bar.update()
 
+    if options.tower == "resnet":
+        options.tower = str(options.out / "fresh")
+        fresh_tower(Path(options.tower))
     detector = Detector.load(options.start) if options.start else Detector(options.tower)
     detector.to(options.device)
     settings = {key: getattr(options, key) for key in ("steps", "batch", "lr", "frozen", "precision", "seed")}

@@ -24,7 +24,7 @@ from mmalign.evaluation import (
     summarize,
     wins,
 )
-from mmalign.subjects import open_image
+from mmalign.subjects import picture_of
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_distances_to_a_folder_of_references(tmp_path):
     assert main([*command, "--json", str(out)]) == 0
     found = json.loads(out.read_text())["images"]["distances"]
     sides = [
-        torch.cat([extracted(pixels, open_image(path)[None]) for path in sorted(place.iterdir())])
+        torch.cat([extracted(pixels, picture_of(path)[None]) for path in sorted(place.iterdir())])
         for place in (drawn, references)
     ]
     assert found["kid"] == pytest.approx(kid(*sides), rel=1e-4)
@@ -114,7 +114,9 @@ def test_an_evaluator_measures_distances_of_what_it_drew():
     assert found.prompts == [prompt.text for prompt in PROMPTS]
     plain, _ = Evaluator(PROMPTS, [Brightness()], SMALL, Alone()).scores(Painter())
     assert plain.distances is None
-    assert plain.scores == found.scores
+    assert {**plain.scores, "kid": found.scores["kid"]} == found.scores
+    assert found.scores["kid"].mean == pytest.approx(found.distances.kid, rel=1e-6)
+    assert len(found.by_prompt["kid"]) == len(PROMPTS)
 
 
 def test_scores_with_distances_are_kept(tmp_path):

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mmalign.distances import Distances, compare, extracted, kid, pixels, precision_recall, variety
+from mmalign.distances import (
+    Distances,
+    compare,
+    extracted,
+    kid,
+    kid_parts,
+    pixels,
+    precision_recall,
+    variety,
+)
 
 
 def cloud(count: int, size: int = 6, shift: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -30,6 +39,17 @@ def test_kid_is_unbiased_and_sees_a_shift():
     assert (found < 0).any()
     shifted = torch.tensor([kid(cloud(8, seed=i), cloud(8, shift=1.0, seed=i + 1)) for i in range(50)])
     assert shifted.mean() > 10 * found.std() / 20
+
+
+def test_parts_of_a_kid_have_it_as_their_mean_and_spread_as_it_does():
+    """What a bootstrap over the parts tells of the error is what fresh draws of the pictures show."""
+    references = cloud(60, shift=0.4, seed=1)
+    draws = [cloud(40, seed=2 + i) for i in range(300)]
+    parts = torch.stack([kid_parts(x, references) for x in draws])
+    kids = torch.tensor([kid(x, references) for x in draws]).double()
+    assert_close(parts.mean(1), kids)
+    told = (parts.var(1) / 40).mean().sqrt()
+    assert 0.8 < told / kids.std() < 1.25
 
 
 def test_kid_does_not_ask_for_an_order():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from toys import initial
@@ -73,6 +73,27 @@ def test_t5_can_be_left_out_of_a_model_that_has_it(make, tiny):
     ours, theirs = both(policy, plain(tiny, text_encoder_3=None, tokenizer_3=None))
     assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert (ours - both(make(), plain(tiny))[1]).abs().max() > 1e-3
+
+
+def test_another_autoencoder_decodes_in_place_of_the_models_own(tiny, tmp_path):
+    own = AutoencoderKL.from_pretrained(tiny, subfolder="vae")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        other = AutoencoderKL.from_config(own.config)
+    other.save_pretrained(tmp_path)
+    policy = load(settings_of(tiny, vae=str(tmp_path)), Noise())
+    ours, theirs = both(policy, plain(tiny, vae=other))
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (ours - both(policy, plain(tiny))[1]).abs().max() > 1e-3
+
+
+def test_an_autoencoder_of_other_latents_is_refused(tiny, tmp_path):
+    own = AutoencoderKL.from_pretrained(tiny, subfolder="vae")
+    AutoencoderKL.from_config({**own.config, "latent_channels": 3}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"policy.vae: .* has latent_channels 3, and the model's own"):
+        load(settings_of(tiny, vae=str(tmp_path)), Noise())
+    with pytest.raises(ValueError, match="policy.vae: nowhere does not load as AutoencoderKL"):
+        load(settings_of(tiny, vae="nowhere"), Noise())
 
 
 @pytest.mark.parametrize(

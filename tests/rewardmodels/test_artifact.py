@@ -20,6 +20,7 @@ from mmalign.rewardmodels.artifact_training import (
     auc,
     calibration_error,
     disturbed,
+    enlarged,
     evaluate_detector,
     fit_temperature,
     places_of,
@@ -88,10 +89,30 @@ def test_pictures_and_masks_are_mirrored_together():
     masks = torch.zeros(64, 8, 8, dtype=torch.bool)
     masks[:, :, :3] = True
     images = masks[:, None].float().expand(-1, 3, -1, -1) * 0.8
-    seen, told = disturbed(images, masks, torch.Generator().manual_seed(0))
+    seen, told = disturbed(images, masks, torch.ones(64).bool(), torch.Generator().manual_seed(0))
     assert 10 < told[:, 0, 7].sum() < 54
     middle = [0, 1, 6, 7]  # blur reaches over the edge of the mask
     assert ((seen.mean(1)[..., middle] > 0.4) == told[..., middle]).all()
+
+
+def test_parts_of_pictures_keep_their_damage_and_its_place():
+    random = torch.Generator().manual_seed(0)
+    masks = torch.zeros(200, 32, 32, dtype=torch.bool)
+    corners = torch.randint(0, 24, (200, 2), generator=random).tolist()
+    for mask, (row, column) in zip(masks, corners, strict=True):
+        mask[row : row + 8, column : column + 8] = True
+    images = masks[:, None].float().expand(-1, 3, -1, -1)
+    parts, found = enlarged(images, masks, torch.ones(200).bool(), random)
+    assert found.flatten(1).sum(1).min() >= 32
+    larger = found.flatten(1).sum(1)
+    assert larger.max() > 1.8 * 64
+    assert 0.1 < (larger == 64).float().mean() < 0.6  # those that would have lost it, and stay whole
+    assert ((parts[:, 0] > 0.5) == found).float().mean() > 0.98
+    nowhere = torch.zeros_like(masks)
+    same, _ = enlarged(images, nowhere, torch.ones(200).bool(), random)
+    assert torch.equal(same, images)
+    free, _ = enlarged(images, nowhere, torch.zeros(200).bool(), random)
+    assert (free != images).flatten(1).any(1).float().mean() > 0.9
 
 
 def test_the_logit_is_the_pooled_places_and_the_whole(tower):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from mmalign.rewardmodels.artifact_training import fresh_tower
 from mmalign.rewardmodels.features import load_features
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
@@ -65,3 +66,54 @@ def test_features_of_a_real_network():
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="no features 'inception'; pixels, efficientnet"):
         load_features("inception")
+
+
+@pytest.fixture(scope="module")
+def convolutions(tmp_path_factory):
+    """A small ResNet as transformers saves it: maps in place of tokens, and no size in its config."""
+    folder = tmp_path_factory.mktemp("resnet")
+    fresh_tower(folder, side=64, widths=(8, 12, 16), seed=1)
+    return folder
+
+
+def test_places_of_a_network_of_convolutions_are_those_of_its_map(convolutions):
+    from transformers import ResNetModel
+
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    tokens = load_features(str(convolutions)).tokens(images)
+    with torch.no_grad():
+        out = ResNetModel.from_pretrained(convolutions).eval()(pixel_values=images * 2 - 1)
+    assert out.last_hidden_state.shape == (2, 16, 4, 4)
+    assert_close(tokens[:, 0], out.pooler_output[:, :, 0, 0])
+    for row, column in ((0, 1), (2, 3)):
+        assert_close(tokens[:, 1 + 4 * row + column], out.last_hidden_state[:, :, row, column])
+
+
+def test_a_network_that_does_not_say_how_large_pictures_are_is_refused(convolutions, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((convolutions / name).read_bytes())
+    with pytest.raises(ValueError, match="how large pictures are"):
+        load_features(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "side"), [("test_vit", {"img_size": 64}, 64), ("test_resnet", {}, 160)]
+)
+def test_any_network_of_timm_gives_its_features(tmp_path, name, settings, side):
+    timm = pytest.importorskip("timm")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = timm.create_model(name, pretrained=False, **settings).eval()
+    timm.models.save_for_hf(network, tmp_path, model_args=settings, safe_serialization=True)
+    mean, std = (torch.tensor(network.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    tokens = load_features(str(tmp_path)).tokens(images)
+    with torch.no_grad():
+        last = network.forward_features((images - mean) / std)
+        pooled = network.forward_head(last, pre_logits=True)
+    if last.ndim == 3:
+        expected = last[:, network.num_prefix_tokens :]
+    else:
+        expected = last.flatten(2).transpose(1, 2)
+    assert_close(tokens[:, 0], pooled, atol=1e-5, rtol=1e-4)
+    assert_close(tokens[:, 1:], expected, atol=1e-5, rtol=1e-4)

@@ -121,3 +121,34 @@ def test_a_batch_is_judged_in_milliseconds_a_picture(outcome_of):
     began = process_time()
     reward(judged)
     assert (process_time() - began) / len(asked) < 0.02
+
+
+def styled(prompt, style, seed=0):
+    scene = compose(parse(prompt), random.Random(seed))
+    return torch.from_numpy(render(scene, style=style)).permute(2, 0, 1) / 255
+
+
+def test_pictures_are_read_in_the_style_that_is_named_or_seen(outcome_of):
+    prompt = "a red circle left of a blue star"
+    judged = outcome_of(torch.stack([styled(prompt, s) for s in ("plain", "pastel", "night")]), [prompt] * 3)
+    # A circle is a circle in any color that it is read in; what is read in the wrong style is not what was asked.
+    assert load("lab", style="pastel")(judged).values[1].item() == 1
+    assert load("lab", style="any", measure="strict")(judged).values.flatten().tolist() == [1, 1, 1]
+    assert load("lab", style="plain", measure="strict")(judged).values[2].item() == 0
+
+
+def test_a_style_is_1_for_its_own_pictures_alone(outcome_of):
+    styles = ["plain", "pastel", "outlined", "night", "striped"]
+    judged = outcome_of(torch.stack([styled("two green squares", style) for style in styles]), ["x"] * 5)
+    for place, style in enumerate(styles):
+        signal = load("lab_style", style=style)(judged)
+        assert signal.values.flatten().tolist() == [float(i == place) for i in range(5)]
+        assert [row["style"] for row in signal.details] == styles
+    check_reward(load("lab_style"), judged)
+
+
+def test_an_unknown_style_of_a_reward_is_named():
+    with pytest.raises(ValueError, match="lab_style: style must be one of plain, .*, got 'cubist'"):
+        load("lab_style", style="cubist")
+    with pytest.raises(ValueError, match="lab: style must be one of plain, .*, any, got 'outlined'"):
+        load("lab", style="outlined")
