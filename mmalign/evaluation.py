@@ -73,9 +73,7 @@ class EvaluationSettings:
     # A folder or zip of pictures that the drawn ones are to look like: measure KID (the score `kid`, less is
     # better), precision and recall.
     references: str | None = None
-    features: str = (
-        "pixels"  # what these are measured in: pixels, efficientnet, or the folder of an image model
-    )
+    features: str = "pixels"  # what these are measured in: pixels, efficientnet, or an image model's folder
     average: bool = False  # also evaluate the moving average of the parameters, where training keeps one
     seed: int = 0  # of the initial noise; the same for base and trained
 

@@ -263,7 +263,7 @@ def read(kind: str, settings: PolicySettings, components: Sequence[str] = ("tran
 
 
 def other_vae(settings: PolicySettings, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The autoencoder that the settings name in place of the pipeline's own, in fp32; nothing if they name none.
+    """The autoencoder that the settings name in place of the pipeline's own, in fp32, if they name one.
 
     index: what the pipeline says of its parts.
     """
@@ -283,8 +283,8 @@ def other_vae(settings: PolicySettings, index: Mapping[str, Any]) -> dict[str, A
             given, known = (len(widths) if widths else None for widths in (given, known))
         if given != known:
             raise ValueError(
-                f"policy.vae: {settings.vae} has {name} {given}, and the model's own {known}; it must have the "
-                "same latents"
+                f"policy.vae: {settings.vae} has {name} {given}, and the model's own {known}; it must have "
+                "the same latents"
             )
     return {"vae": vae}
 

@@ -67,7 +67,7 @@ class Adversarial:
     fresh: float = 0.5  # share of the samples of a batch that are of this iteration, not of the buffer
     buffer: int = 512  # past samples that are kept; 0: none
     anchors: int = 32  # references, and samples of the first iteration, that are never learned from
-    # Loss of accuracy on the anchors and on fresh samples held back, in the mean, at which a lesson is undone.
+    # Loss of accuracy on the anchors and on fresh samples held back, in the mean, that undoes a lesson.
     tolerance: float = 0.1
     seed: int = 0  # of the head, of which pictures are anchors, and of all draws
     name = "adversarial"

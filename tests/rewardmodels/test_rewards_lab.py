@@ -131,7 +131,6 @@ def styled(prompt, style, seed=0):
 def test_pictures_are_read_in_the_style_that_is_named_or_seen(outcome_of):
     prompt = "a red circle left of a blue star"
     judged = outcome_of(torch.stack([styled(prompt, s) for s in ("plain", "pastel", "night")]), [prompt] * 3)
-    # A circle is a circle in any color that it is read in; what is read in the wrong style is not what was asked.
     assert load("lab", style="pastel")(judged).values[1].item() == 1
     assert load("lab", style="any", measure="strict")(judged).values.flatten().tolist() == [1, 1, 1]
     assert load("lab", style="plain", measure="strict")(judged).values[2].item() == 0
@@ -148,7 +147,7 @@ def test_a_style_is_1_for_its_own_pictures_alone(outcome_of):
 
 
 def test_an_unknown_style_of_a_reward_is_named():
-    with pytest.raises(ValueError, match="lab_style: style must be one of plain, .*, got 'cubist'"):
+    with pytest.raises(ValueError, match=r"lab_style: style must be one of plain, .*, got 'cubist'"):
         load("lab_style", style="cubist")
-    with pytest.raises(ValueError, match="lab: style must be one of plain, .*, any, got 'outlined'"):
+    with pytest.raises(ValueError, match=r"lab: style must be one of plain, .*, any, got 'outlined'"):
         load("lab", style="outlined")
