@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def evaluate(judge: CaptionJudge, labels: Sequence[Label], swap: bool = True) ->
             severities.update(zip(sorted(theirs[kind])[:met], sorted(mine[kind])[:met], strict=True))
     kept, first, second, both = (0, 0, 0, 0)
     if swap:
-        turned = judge.compare([Case(c.reference, c.caption, c.image, c.scene) for c in cases])
+        turned = judge.compare([replace(c, caption=c.reference, reference=c.caption) for c in cases])
         for said, other in zip(judged, turned, strict=True):
             if said.looks and other.looks:
                 one, two = said.looks[0].winner, other.looks[0].winner

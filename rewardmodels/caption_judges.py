@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmalign.claims import Comparison, recall, record
+from mmalign.pictures import Clip, asked
 from mmalign.records import Outcome
 
 JUDGES = {
     "endpoint": "mmalign.rewardmodels.vlm_judge:EndpointJudge",
+    "local": "mmalign.rewardmodels.vlm_judge:LocalJudge",
     "lab": "mmalign.rewardmodels.lab_judge:LabJudge",
     "rules": "mmalign.rewardmodels.rule_judge:RuleJudge",
 }
@@ -26,17 +28,23 @@ JUDGES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A caption to be judged. image: path of the picture; scene: what it shows, in the lab."""
+    """A caption to be judged.
+
+    image: path of the picture. scene: what it shows, in the lab. video: in place of a picture, the folder or
+    the files of its frames.
+    """
 
     caption: str
     reference: str
     image: str | None = None
     scene: Mapping[str, Any] | None = None
+    video: str | tuple[str, ...] | None = None
 
     @property
     def key(self) -> str:
         """A name for the case: equal for equal captions, references and pictures (by their paths)."""
-        shown = json.dumps([self.image, self.scene], sort_keys=True)
+        seen = [self.image, self.scene] if self.video is None else [self.image, self.scene, self.video]
+        shown = json.dumps(seen, sort_keys=True)
         return hashlib.sha256("\0".join([self.caption, self.reference, shown]).encode()).hexdigest()[:24]
 
 
@@ -95,7 +103,7 @@ def cases(name: str, outcome: Outcome, needs: Sequence[str]) -> list[Case]:
     for row, caption in enumerate(captions(name, outcome)):
         extra = outcome.prompts.extra[row // outcome.views]
         for need in needs:
-            if extra.get(need) in (None, ""):
+            if extra.get(need) in (None, "") and not (need == "image" and extra.get("video")):
                 raise ValueError(
                     f"{name}: the prompt {outcome.prompts.text[row // outcome.views]!r} has no {need!r}; "
                     "put it into its line of the prompt file"
@@ -104,12 +112,14 @@ def cases(name: str, outcome: Outcome, needs: Sequence[str]) -> list[Case]:
         if isinstance(scene, str):
             scene = json.loads(scene)
         image, reference = extra.get("image"), extra.get("reference", "")
+        clip = asked(extra)
         found.append(
             Case(
                 caption,
                 str(reference),
                 None if image is None else str(image),
                 scene if isinstance(scene, Mapping) else None,
+                clip.place if isinstance(clip, Clip) else None,
             )
         )
     return found

@@ -104,7 +104,7 @@ def read_timm(model: str) -> tuple[Any, list[float], list[float]]:
 
 
 def is_plain(model: str) -> bool:
-    """Whether a folder of timm's holds a vision transformer that tells its shape, so that timm is not needed."""
+    """Whether a folder of timm's holds a vision transformer that tells its shape: timm is not needed."""
     said = json.loads((Path(model) / TIMM).read_text())
     shape = said.get("model_args") or {}
     return said["architecture"].startswith("vit_") and {"img_size", "embed_dim", "depth"} <= shape.keys()

@@ -1,8 +1,9 @@
-"""A vision-language model as the judge of captions, behind an OpenAI-compatible endpoint.
+"""A vision-language model as the judge of captions, on this machine or behind an OpenAI-compatible endpoint.
 
 It is told the rules of ClaimDiff-RL (arXiv:2605.20278) in words of our own, sees the picture and the
 reference first and the caption last (what a group shares is then one prefix for the server), and answers by a
-JSON schema. What cannot be read is asked again, with a temperature.
+JSON schema. What cannot be read is asked again, with a temperature. Of a video it sees frames, evenly over
+its length.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mmalign.claims import SCHEMA, ClaimError, Comparison, parse
-from mmalign.pictures import open_picture
+from mmalign.pictures import frames_of, open_picture
 from mmalign.rewardmodels.caption_judges import Case, Judged
 from mmalign.rewardmodels.endpoint import Answer, Endpoint, Question, said, shown
+from mmalign.rewardmodels.local_chat import LocalChat
 
 RULES = """You compare two descriptions of the picture, A and B. List every concrete visual difference between
 them, one difference an entry, and hold each side against the picture alone. B may be incomplete or wrong as
@@ -37,54 +39,62 @@ T = TypeVar("T")
 _NUMBER = re.compile(r"(?<![\d.])(10(?:\.0+)?|\d(?:\.\d+)?)(?![\d.]*\d)")
 
 
+class Client(Protocol):
+    """Whoever answers questions: `Endpoint` or `LocalChat`."""
+
+    def ask(self, questions: Sequence[Question]) -> list[Answer]: ...
+
+
 @dataclass
-class EndpointJudge:
+class ModelJudge:
     """Asks a model to compare captions, or to rate them.
 
     swap: ask a second time with the captions exchanged; a preference for a place then cancels out. looks: how
     often each is asked with a temperature of 0.7, 1 is once at 0 (self-consistency). attempts: further tries
-    where an answer cannot be read. structured: hold the server to the schema. Other settings are those of
-    `Endpoint`.
+    where an answer cannot be read. frames: of a video that are shown, at most.
     """
 
-    url: str
     model: str
     swap: bool = False
     looks: int = 1
     attempts: int = 3
-    structured: bool = False
     side: int = 1024  # pixels of a picture, at most
+    frames: int = 8
     seed: int = 0  # of the temperatures of further tries
-    endpoint: dict[str, object] = field(default_factory=dict)
-    name = "endpoint"
     needs = ("reference", "image")
+    schema = None  # that answers must follow, for clients that can be held to one
 
     def __post_init__(self) -> None:
         if self.looks < 1 or self.attempts < 0:
             raise ValueError(
                 f"looks must be at least 1 and attempts not negative, got {self.looks}, {self.attempts}"
             )
-        self.client = Endpoint(self.url, self.model, **self.endpoint)  # type: ignore[arg-type]
+        if self.side < 1 or self.frames < 1:
+            raise ValueError(f"side and frames must be at least 1, got {self.side}, {self.frames}")
+        self.client = self.open()
+
+    def open(self) -> Client:
+        """Whom it asks."""
+        raise NotImplementedError
 
     def compare(self, cases: Sequence[Case]) -> list[Judged]:
         asked: list[tuple[int, bool, Question]] = []
         problems: dict[int, str] = {}
         for number, case in enumerate(cases):
             try:
-                picture = shown(open_picture(str(case.image)), self.side)
+                pictures = self._pictures(case)
             except ValueError as error:
                 problems[number] = str(error)
                 continue
             for look in range(self.looks):
                 for swapped in (False, True)[: 1 + self.swap]:
                     a, b = (case.reference, case.caption) if swapped else (case.caption, case.reference)
-                    parts = [said(RULES), picture]
+                    parts = [said(RULES), *pictures]
                     parts += (
                         [said(f"A: {a}"), said(f"B: {b}")] if swapped else [said(f"B: {b}"), said(f"A: {a}")]
                     )
-                    schema = SCHEMA if self.structured else None
                     heat = 0.7 if self.looks > 1 else 0.0
-                    question = Question([{"role": "user", "content": parts}], heat, look * 1000, schema)
+                    question = Question([{"role": "user", "content": parts}], heat, look * 1000, self.schema)
                     asked.append((number, swapped, question))
         found = self._read([question for *_, question in asked], parse)
         judged = []
@@ -103,16 +113,29 @@ class EndpointJudge:
         answers: dict[int, float | str] = {}
         for number, case in enumerate(cases):
             try:
-                picture = shown(open_picture(str(case.image)), self.side)
+                pictures = self._pictures(case)
             except ValueError as error:
                 answers[number] = str(error)
                 continue
-            parts = [said(RATING), picture, said(f"Description: {case.caption}")]
+            parts = [said(RATING), *pictures, said(f"Description: {case.caption}")]
             questions.append(Question([{"role": "user", "content": parts}]))
             places.append(number)
         for number, (found, *_) in zip(places, self._read(questions, rating), strict=True):
             answers[number] = found
         return [answers[number] for number in range(len(cases))]
+
+    def _pictures(self, case: Case) -> list[dict[str, Any]]:
+        """What a case shows, as parts of a message; ValueError where it cannot be read."""
+        if case.video is None:
+            return [shown(open_picture(str(case.image)), self.side)]
+        files = frames_of(case.video)
+        if not files:
+            raise ValueError(
+                f"the video {case.video} is no folder of frames; judges see frames, so write it as pictures"
+            )
+        count = min(self.frames, len(files))
+        places = [round(i * (len(files) - 1) / max(1, count - 1)) for i in range(count)]
+        return [shown(open_picture(files[place]), self.side) for place in places]
 
     def _read(
         self, questions: Sequence[Question], read: Callable[[str], T]
@@ -137,6 +160,38 @@ class EndpointJudge:
             if not open_:
                 break
         return [(value, calls, tokens) for value, (calls, tokens) in zip(found, cost, strict=True)]
+
+
+@dataclass
+class EndpointJudge(ModelJudge):
+    """Of a model behind an address.
+
+    structured: hold the server to the schema. endpoint: further settings of `Endpoint`.
+    """
+
+    url: str = ""  # up to and with the version, http://localhost:8000/v1
+    structured: bool = False
+    endpoint: dict[str, object] = field(default_factory=dict)
+    name = "endpoint"
+
+    def open(self) -> Client:
+        if self.structured:
+            self.schema = SCHEMA
+        return Endpoint(self.url, self.model, **self.endpoint)  # type: ignore[arg-type]
+
+
+@dataclass
+class LocalJudge(ModelJudge):
+    """Of a model of transformers on this machine, local folder or hub id.
+
+    chat: further settings of `LocalChat`: precision, longest, batch, device.
+    """
+
+    chat: dict[str, object] = field(default_factory=dict)
+    name = "local"
+
+    def open(self) -> Client:
+        return LocalChat(self.model, **self.chat)  # type: ignore[arg-type]
 
 
 def _readable(answer: Answer, read: Callable[[str], T]) -> tuple[T | str, bool]:

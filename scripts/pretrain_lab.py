@@ -1,5 +1,5 @@
 """Trains a complete small SD3 pipeline from nothing, on the lab or on any captioned pictures; or a captioner;
-a Wan pipeline on clips of the lab; or a CLIP or a DINO of its pictures.
+a Wan pipeline on clips of the lab; a CLIP or a DINO of its pictures; or an autoencoder of all its styles.
 
     python scripts/pretrain_lab.py --out runs/pretrain_lab
     python scripts/pretrain_lab.py --data data/emoji/64 --out runs/pretrain_emoji --flow-steps 2000
@@ -7,9 +7,10 @@ a Wan pipeline on clips of the lab; or a CLIP or a DINO of its pictures.
     python scripts/pretrain_lab.py video --out runs/video
     python scripts/pretrain_lab.py clip --out runs/vision
     python scripts/pretrain_lab.py dino --out runs/vision
+    python scripts/pretrain_lab.py styles_vae --out runs/vision
 
-The model is written to OUT/pipeline, OUT/captioner, OUT/clip or OUT/dino; the same command again goes on
-where it stopped.
+The model is written to OUT/pipeline, OUT/captioner, OUT/clip, OUT/dino or OUT/styles_vae; the same command
+again goes on where it stopped.
 """
 
 import argparse
@@ -138,13 +139,18 @@ def video(given: list[str]) -> None:
 
 
 def vision(which: str, given: list[str]) -> None:
-    """Trains the lab's CLIP or its DINO, and says how good it is."""
+    """Trains the lab's CLIP, its DINO or its autoencoder of all styles, and says how good it is."""
     from mmalign.lab.pretrain_clip import ClipTraining, train_clip
     from mmalign.lab.pretrain_dino import DinoTraining, train_dino
+    from mmalign.lab.pretrain_styles import StylesTraining, train_styles
 
-    settings: Any = ClipTraining if which == "clip" else DinoTraining
+    trainings: dict[str, tuple[Any, Callable[[Any, Path], dict[str, Any]]]] = {
+        "clip": (ClipTraining, train_clip),
+        "dino": (DinoTraining, train_dino),
+        "styles_vae": (StylesTraining, train_styles),
+    }
+    settings, train = trainings[which]
     config, out = parsed(given, settings, which, which)
-    train = train_clip if which == "clip" else train_dino
     found = json.dumps(train(config, out), indent=2)
     (out / f"{which}_quality.json").write_text(found + "\n")
     print(found)
@@ -156,6 +162,7 @@ def main() -> None:
         "video": video,
         "clip": partial(vision, "clip"),
         "dino": partial(vision, "dino"),
+        "styles_vae": partial(vision, "styles_vae"),
     }
     for name, train in named.items():
         if sys.argv[1:2] == [name]:

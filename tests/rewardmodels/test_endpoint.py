@@ -306,7 +306,8 @@ def test_numbers_are_read(answer, number):
 
 
 def test_costs_are_told(serve, picture):
-    judge = EndpointJudge(serve(lambda number, body: spoke(to_json(FOUND), 321)).url, "judge", swap=True)
+    url = serve(lambda number, body: spoke(to_json(FOUND), 321)).url
+    judge = EndpointJudge("judge", url=url, swap=True)
     from mmalign.rewardmodels.caption_judges import Case
 
     (judged,) = judge.compare([Case("a red dog", "a blue dog", picture)])
