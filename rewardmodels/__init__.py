@@ -33,6 +33,8 @@ REWARDS = {
     "jpeg_compressibility": "mmalign.rewardmodels.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
+    "hpsv2": "mmalign.rewardmodels.clip:HPSv2",
+    "image_reward": "mmalign.rewardmodels.image_reward:ImageReward",
     "lab_style": "mmalign.rewardmodels.lab_style:LabStyle",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",

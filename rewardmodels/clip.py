@@ -3,6 +3,7 @@
 clip        w max(cos, 0), w = 2.5           CLIPScore (Hessel et al. 2021, arXiv:2104.08718)
 siglip      sigmoid(t cos + b)               SigLIP (Zhai et al. 2023, arXiv:2303.15343)
 pickscore   exp(s) cos                       PickScore (Kirstain et al. 2023, arXiv:2305.01569)
+hpsv2       cos                              HPS v2 and v2.1 (Wu et al. 2023, arXiv:2306.09341)
 aesthetic   a small head on the picture      LAION's predictors (github.com/LAION-AI/aesthetic-predictor)
 
 Pictures are prepared as the model's own processor does it, in torch, so that gradients reach them.
@@ -10,9 +11,10 @@ Pictures are prepared as the model's own processor does it, in torch, so that gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmalign.records import Outcome, RewardSignal
-from mmalign.rewardmodels.formats import is_open_clip, read_open_clip
+from mmalign.rewardmodels.formats import clip_names, is_open_clip, read_open_clip
 from mmalign.rewardmodels.inputs import pictures, texts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,8 +32,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 class Prepared:
     """Pictures as an image processor of transformers makes them: resized, cropped, normalized; in torch."""
 
-    def __init__(self, processor: Any) -> None:
-        said = processor.to_dict()
+    def __init__(self, said: Mapping[str, Any], whole: bool = False) -> None:
+        """said: the settings of an image processor. whole: nothing is cut off, what is not square is padded."""
+        self.whole = whole
         size, crop = said.get("size") or {}, said.get("crop_size") or {}
         self.shortest = int(size.get("shortest_edge") or 0)
         self.size = (size["height"], size["width"]) if "height" in size else None
@@ -46,6 +49,8 @@ class Prepared:
 
     def __call__(self, images: Tensor) -> Tensor:
         """[n, 3, H, W] in [0, 1] to what the network takes."""
+        if self.whole:
+            images = padded(images)
         height, width = images.shape[-2:]
         size = self.size
         if size is None:
@@ -57,6 +62,13 @@ class Prepared:
             top, left = ((side - part) // 2 for side, part in zip(images.shape[-2:], self.crop, strict=True))
             images = images[..., top : top + self.crop[0], left : left + self.crop[1]]
         return (images - self.mean.to(images)) / self.std.to(images)
+
+
+def padded(images: Tensor) -> Tensor:
+    """Pictures [n, 3, H, W] in the middle of black squares."""
+    height, width = images.shape[-2:]
+    high, wide = max(0, width - height), max(0, height - width)
+    return F.pad(images, (wide // 2, wide - wide // 2, high // 2, high - high // 2))
 
 
 class Towers:
@@ -76,7 +88,7 @@ class Towers:
                     self.model = AutoModel.from_pretrained(model, dtype=DTYPES[precision])
                 prepare = AutoImageProcessor.from_pretrained(processor or model)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or model)
-            self.prepare = Prepared(prepare)
+            self.prepare = Prepared(prepare.to_dict())
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{name}: model {model} does not load: {error}") from error
         if not hasattr(self.model, "get_image_features") or not hasattr(self.model, "logit_scale"):
@@ -200,6 +212,31 @@ class PickScore(TwoTowers):
 
 
 @dataclass(eq=False)
+class HPSv2(TwoTowers):
+    """Human preference score: the cosine in a CLIP that was taught what people preferred, about 0.2 to 0.35."""
+
+    model: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the CLIP whose shape and tokenizer it has
+    weights: str | None = None  # HPS_v2.1_compressed.pt as published; null: those of `model`, taught already
+    name = "hpsv2"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._towers.prepare.whole = True
+        if self.weights is None:
+            return
+        state = read_state(self.name, Path(self.weights))
+        network = self._towers.model
+        named = {k: v.float() for key, value in state.items() for k, v in clip_names(key, value)}
+        try:
+            network.load_state_dict({k: v for k, v in named.items() if k in network.state_dict()})
+        except RuntimeError as error:
+            raise ValueError(f"hpsv2: {self.weights} does not fit {self.model}: {error}") from error
+
+    def scaled(self, cosine: Tensor) -> Tensor:
+        return cosine
+
+
+@dataclass(eq=False)
 class Aesthetic:
     """LAION's aesthetic score of a picture, about 1 to 10, whatever the prompt; CLIP ViT-L/14 and a head.
 
@@ -235,28 +272,44 @@ class Aesthetic:
 
 def read_head(file: Path, width: int) -> nn.Module:
     """A head of linear layers from its file; dropout in between does nothing when scoring."""
+    return linear_layers("aesthetic", str(file), read_state("aesthetic", file), width)
+
+
+def read_state(name: str, file: Path) -> dict[str, Tensor]:
+    """The weights in a file, .safetensors or what torch.save wrote, by itself or as its state_dict.
+
+    ValueError where there are none, in the name of the reward.
+    """
     if not file.is_file():
-        raise ValueError(f"aesthetic: there is no head {file}; get it from LAION's aesthetic predictors")
+        raise ValueError(f"{name}: there is no file {file}; download the published weights and name it")
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        state = load_file(file)
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        return load_file(file)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
+        raise ValueError(f"{name}: {file} cannot be read as weights: {error}") from error
+    state: dict[str, Tensor] = found.get("state_dict", found)
+    return state
+
+
+def linear_layers(name: str, file: str, state: Mapping[str, Tensor], width: int) -> nn.Module:
+    """Linear layers one after the other from `width` numbers to one, in the order of their names."""
     weights = sorted((name for name in state if name.endswith("weight")), key=_number)
     layers = []
     for name in weights:
         high, low = state[name].shape
         if low != width:
             raise ValueError(
-                f"aesthetic: the head {file} takes {low} numbers and is given {width}; other CLIP?"
+                f"{name}: the head {file} takes {low} numbers and is given {width}; other network?"
             )
         layer = nn.Linear(low, high)
         layer.load_state_dict({"weight": state[name], "bias": state[name.replace("weight", "bias")]})
         layers.append(layer)
         width = high
     if width != 1:
-        raise ValueError(f"aesthetic: {file} is no head, it ends in {width} numbers instead of a score")
+        raise ValueError(f"{name}: {file} is no head, it ends in {width} numbers instead of a score")
     return nn.Sequential(*layers).float().eval().requires_grad_(False)
 
 

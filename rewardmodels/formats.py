@@ -67,7 +67,7 @@ def read_open_clip(model: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
         projection_dim=config["embed_dim"],
     )
     weights = _weights(Path(model) / OPEN_CLIP_WEIGHTS)
-    network = _filled(CLIPModel, built, {k: v for key, x in weights.items() for k, v in _clip_names(key, x)})
+    network = _filled(CLIPModel, built, {k: v for key, x in weights.items() for k, v in clip_names(key, x)})
     size = vision["image_size"]
     squash = prepare.get("resize_mode", "shortest") == "squash"
     processor = CLIPImageProcessor(
@@ -158,7 +158,7 @@ def _split(into: str, kind: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
         yield into.format(name) + kind, part
 
 
-def _clip_names(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
+def clip_names(key: str, value: Tensor) -> Iterable[tuple[str, Tensor]]:
     """The parameter of CLIPModel, or three, that one of open_clip's becomes."""
     if key == "logit_scale":
         yield key, value

@@ -38,9 +38,7 @@ class LocalChat:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if self.precision not in DTYPES:
-            raise ValueError(
-                f"judge: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}"
-            )
+            raise ValueError(f"judge: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
         for name in ("longest", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge: {name} must be at least 1, got {getattr(self, name)}")

@@ -64,7 +64,9 @@ def train_styles(config: StylesTraining, out: Path) -> dict[str, float]:
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = Schedule(config.steps, warmup=min(50, config.steps), decay=config.steps // 2)
-    Stage("styles", out, {"vae": vae}, [optimizer], schedule, loss, config.seed, 0.99, config.save_every).run()
+    Stage(
+        "styles", out, {"vae": vae}, [optimizer], schedule, loss, config.seed, 0.99, config.save_every
+    ).run()
     vae.eval().to(memory_format=torch.contiguous_format)
     found = measure_styles(vae, first)
     vae.half().save_pretrained(out / "styles_vae")

@@ -145,7 +145,7 @@ def test_a_head_of_another_clip_is_refused(clip, tmp_path):
     torch.save(nn.Linear(7, 1).state_dict(), tmp_path / "head.pth")
     with pytest.raises(ValueError, match="takes 7 numbers and is given 24"):
         load("aesthetic", model=clip, head=str(tmp_path / "head.pth"))
-    with pytest.raises(ValueError, match="there is no head"):
+    with pytest.raises(ValueError, match="there is no file"):
         load("aesthetic", model=clip, head=str(tmp_path / "none.pth"))
 
 
