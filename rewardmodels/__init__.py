@@ -34,6 +34,8 @@ REWARDS = {
     "jpeg_incompressibility": "mmalign.rewardmodels.jpeg:JpegIncompressibility",
     "lab": "mmalign.rewardmodels.lab:LabVerifier",
     "hpsv2": "mmalign.rewardmodels.clip:HPSv2",
+    "hpsv3": "mmalign.rewardmodels.vlm_head:HPSv3",
+    "videoalign": "mmalign.rewardmodels.vlm_head:VideoAlign",
     "image_reward": "mmalign.rewardmodels.image_reward:ImageReward",
     "lab_style": "mmalign.rewardmodels.lab_style:LabStyle",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",

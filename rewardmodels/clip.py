@@ -33,7 +33,7 @@ class Prepared:
     """Pictures as an image processor of transformers makes them: resized, cropped, normalized; in torch."""
 
     def __init__(self, said: Mapping[str, Any], whole: bool = False) -> None:
-        """said: the settings of an image processor. whole: nothing is cut off, what is not square is padded."""
+        """said: settings of an image processor. whole: nothing is cut off, what is not square is padded."""
         self.whole = whole
         size, crop = said.get("size") or {}, said.get("crop_size") or {}
         self.shortest = int(size.get("shortest_edge") or 0)
@@ -213,7 +213,7 @@ class PickScore(TwoTowers):
 
 @dataclass(eq=False)
 class HPSv2(TwoTowers):
-    """Human preference score: the cosine in a CLIP that was taught what people preferred, about 0.2 to 0.35."""
+    """What people preferred: the cosine in a CLIP that was taught it, about 0.2 to 0.35."""
 
     model: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the CLIP whose shape and tokenizer it has
     weights: str | None = None  # HPS_v2.1_compressed.pt as published; null: those of `model`, taught already

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -62,7 +62,6 @@ class ModelJudge:
     frames: int = 8
     seed: int = 0  # of the temperatures of further tries
     needs = ("reference", "image")
-    schema = None  # that answers must follow, for clients that can be held to one
 
     def __post_init__(self) -> None:
         if self.looks < 1 or self.attempts < 0:
@@ -76,6 +75,10 @@ class ModelJudge:
     def open(self) -> Client:
         """Whom it asks."""
         raise NotImplementedError
+
+    def held_to(self) -> Mapping[str, Any] | None:
+        """The JSON schema that answers must follow, where the client can be held to one."""
+        return None
 
     def compare(self, cases: Sequence[Case]) -> list[Judged]:
         asked: list[tuple[int, bool, Question]] = []
@@ -94,7 +97,9 @@ class ModelJudge:
                         [said(f"A: {a}"), said(f"B: {b}")] if swapped else [said(f"B: {b}"), said(f"A: {a}")]
                     )
                     heat = 0.7 if self.looks > 1 else 0.0
-                    question = Question([{"role": "user", "content": parts}], heat, look * 1000, self.schema)
+                    question = Question(
+                        [{"role": "user", "content": parts}], heat, look * 1000, self.held_to()
+                    )
                     asked.append((number, swapped, question))
         found = self._read([question for *_, question in asked], parse)
         judged = []
@@ -175,9 +180,11 @@ class EndpointJudge(ModelJudge):
     name = "endpoint"
 
     def open(self) -> Client:
-        if self.structured:
-            self.schema = SCHEMA
-        return Endpoint(self.url, self.model, **self.endpoint)  # type: ignore[arg-type]
+        client: Client = Endpoint(self.url, self.model, **self.endpoint)  # type: ignore[arg-type]
+        return client
+
+    def held_to(self) -> Mapping[str, Any] | None:
+        return SCHEMA if self.structured else None
 
 
 @dataclass
@@ -191,7 +198,8 @@ class LocalJudge(ModelJudge):
     name = "local"
 
     def open(self) -> Client:
-        return LocalChat(self.model, **self.chat)  # type: ignore[arg-type]
+        client: Client = LocalChat(self.model, **self.chat)  # type: ignore[arg-type]
+        return client
 
 
 def _readable(answer: Answer, read: Callable[[str], T]) -> tuple[T | str, bool]:

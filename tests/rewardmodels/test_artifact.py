@@ -23,6 +23,7 @@ from mmalign.rewardmodels.artifact_training import (
     enlarged,
     evaluate_detector,
     fit_temperature,
+    fresh_tower,
     places_of,
     read_labeled,
     train_detector,
@@ -141,9 +142,11 @@ def test_a_folder_gives_the_detector_back_twice(tower, tmp_path):
     assert again.temperature == 1.7
 
 
-def test_a_detector_learns_a_kind_and_its_place(tower, tmp_path):
-    data = read_labeled(labeled(tmp_path / "set", 32))
-    detector = train_detector(Detector(tower), data, steps=140, batch=24, lr=3e-3)
+def test_a_detector_learns_a_kind_and_its_place(tmp_path):
+    fresh_tower(tmp_path / "resnet", side=64, widths=(8, 12, 16))
+    tower = str(tmp_path / "resnet")
+    data = read_labeled(labeled(tmp_path / "set", 32, "grain"))
+    detector = train_detector(Detector(tower), data, steps=90, batch=24, lr=3e-3)
     found = evaluate_detector(detector, data)
     assert found["seen"]["auc"] > 0.9
     assert found["seen"]["pointing"] > 0.8
@@ -205,7 +208,7 @@ def test_a_folder_without_a_detector_is_refused(tmp_path):
 
 
 def test_the_shipped_detector_is_small_and_knows_kinds_it_was_taught(tmp_path):
-    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 1_000_000
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 1_500_000
     data = read_labeled(labeled(tmp_path / "set", 40))
     found = evaluate_detector(Detector.load(str(SHIPPED)), data)
     assert found["seen"]["auc"] > 0.95

@@ -151,7 +151,8 @@ def test_real_weights_answer_and_what_they_say_is_no_verdict(llava, file):
     """A random model writes no JSON: counted as missing, never as a value."""
     local = make_judge("local", {"model": llava, "attempts": 0, "chat": {"longest": 4}})
     (judged,) = local.compare([Case("a red dog", "a blue dog", file)])
-    assert judged.looks == () and judged.calls == 1
+    assert judged.looks == ()
+    assert judged.calls == 1
 
 
 def test_frames_of_a_video_are_shown_evenly(judge, tmp_path):
@@ -163,7 +164,8 @@ def test_frames_of_a_video_are_shown_evenly(judge, tmp_path):
     told = {"reference": "a blue dog", "video": str(frames)}
     outcome = Outcome(prompts_of(["what happens"], 1, [told]), ["a red dog"])
     (case,) = cases("claimdiff", outcome, local.needs)
-    assert case.video == str(frames) and case.image is None
+    assert case.video == str(frames)
+    assert case.image is None
     assert case.key != Case("a red dog", "a blue dog").key
     (judged,) = local.compare([case])
     assert judged.looks

@@ -1,4 +1,4 @@
-"""HPSv2 and ImageReward: published weights under their own names against their own arithmetic, written anew."""
+"""HPSv2 and ImageReward: weights under their published names against their arithmetic, written anew."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_weights_that_do_not_fit_are_refused(published, tmp_path):
     with pytest.raises(ValueError, match="hpsv2: there is no file"):
         load("hpsv2", model=model, weights=str(tmp_path / "none.pt"))
     torch.save({"state_dict": {"logit_scale": torch.tensor(1.0)}}, tmp_path / "part.pt")
-    with pytest.raises(ValueError, match="part.pt does not fit"):
+    with pytest.raises(ValueError, match=r"part.pt does not fit"):
         load("hpsv2", model=model, weights=str(tmp_path / "part.pt"))
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(ValueError, match="cannot be read as weights"):
@@ -229,6 +229,6 @@ def test_a_file_that_is_no_image_reward_is_refused(image_reward, tmp_path):
     lacking = {key: value for key, value in state.items() if "layer.1.intermediate" not in key}
     torch.save(lacking, tmp_path / "part.pt")
     with pytest.raises(
-        ValueError, match="part.pt is no ImageReward: .*it lacks encoder.layer.1.intermediate"
+        ValueError, match=r"part.pt is no ImageReward: .*it lacks encoder.layer.1.intermediate"
     ):
         load("image_reward", weights=str(tmp_path / "part.pt"), tokenizer=tokenizer)
