@@ -37,6 +37,8 @@ REWARDS = {
     "hpsv3": "mmalign.rewardmodels.vlm_head:HPSv3",
     "videoalign": "mmalign.rewardmodels.vlm_head:VideoAlign",
     "image_reward": "mmalign.rewardmodels.image_reward:ImageReward",
+    "caption_clip_score": "mmalign.rewardmodels.caption_clip:CaptionClipScore",
+    "caption_overlap": "mmalign.rewardmodels.caption_overlap:CaptionOverlap",
     "lab_style": "mmalign.rewardmodels.lab_style:LabStyle",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",

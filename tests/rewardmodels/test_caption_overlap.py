@@ -1,0 +1,120 @@
+"""BLEU, ROUGE-L and CIDEr-D of captions: by hand, and by properties that they must have."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmalign.records import Outcome
+from mmalign.rewardmodels import load
+from mmalign.rewardmodels.caption_overlap import bleu, cider_d, common, overlap, rarity, rouge_l, words
+from mmalign.testing import check_reward, prompts_of
+
+SAID, KNOWN = "a cat on the mat".split(), "the cat is on the mat".split()
+TEXT = st.lists(st.sampled_from("a cat dog on the mat".split()), min_size=5, max_size=9)
+
+
+def test_words_are_lower_case_and_without_marks():
+    assert words("A dog's toy, two (red) cats.") == ["a", "dog's", "toy", "two", "red", "cats"]
+
+
+def test_bleu_by_hand():
+    brevity = math.exp(1 - 6 / 5)
+    assert bleu(SAID, [KNOWN], 1) == pytest.approx(brevity * 4 / 5)
+    # on the, the mat of four pairs; on the mat of three; none of two: 1 is added for more than one word.
+    assert bleu(SAID, [KNOWN], 4) == pytest.approx(brevity * (4 / 5 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+
+
+def test_counts_are_clipped_by_the_reference_that_has_most():
+    said = "the the the the".split()
+    assert bleu(said, ["the cat the mat".split(), "the dog a b".split()], 1) == pytest.approx(2 / 4)
+
+
+def test_the_reference_nearest_in_length_counts_the_shorter_of_two():
+    said = "a b c d".split()
+    assert bleu(said, ["a b c".split(), "a b c d e".split()], 1) == pytest.approx(1)
+    assert bleu(said, ["a b c d e".split()], 1) == pytest.approx(math.exp(1 - 5 / 4))
+
+
+def test_rouge_l_by_hand():
+    assert common(SAID, KNOWN) == 4
+    p, r = 4 / 5, 4 / 6
+    assert rouge_l(SAID, [KNOWN]) == pytest.approx((1 + 1.44) * p * r / (r + 1.44 * p))
+
+
+def test_cider_d_by_hand():
+    """Three lines; a word in all of them weighs nothing, a word in one weighs log 3."""
+    rare = rarity([["a red dog"], ["a red cat"], ["a blue cat"]])
+    assert rare["a",] == 0
+    assert rare["red",] == pytest.approx(math.log(3 / 2))
+    assert rare["blue", "cat"] == rare[()] == pytest.approx(math.log(3))
+    said, known = ["a", "red", "cat"], ["a", "red", "dog"]
+    red, one = math.log(3 / 2), math.log(3)
+    single = red**2 / (math.hypot(red, red) * math.hypot(red, one))
+    # "red cat" is in one line, "a red" in two; "red dog" in one.
+    pair = red**2 / (math.hypot(red, one) * math.hypot(red, one))
+    assert cider_d(said, [known], rare) == pytest.approx(10 / 4 * (single + pair))
+    longer = [*known, "x"]
+    assert cider_d(said, [longer], rare) < cider_d(said, [known], rare)
+
+
+def test_lengths_that_differ_are_punished_as_a_gaussian():
+    known = "a b c d".split()
+    whole = cider_d(known, [known])
+    assert whole == pytest.approx(10)
+    twice = cider_d(known * 2, [known])
+    dots = []
+    for n in range(1, 5):
+        mine = {tuple((known * 2)[i : i + n]) for i in range(9 - n)}
+        counts = {g: sum(tuple((known * 2)[i : i + n]) == g for i in range(9 - n)) for g in mine}
+        other = [tuple(known[i : i + n]) for i in range(5 - n)]
+        size = math.sqrt(sum(c * c for c in counts.values())) * math.sqrt(len(other))
+        dots.append(sum(min(counts[g], 1) for g in other) / size)
+    assert twice == pytest.approx(10 / 4 * math.exp(-16 / 72) * sum(dots))
+
+
+@given(TEXT, TEXT)
+def test_they_are_highest_for_the_reference_itself(one, other):
+    said, best = overlap(" ".join(one), [" ".join(other)]), overlap(" ".join(other), [" ".join(other)])
+    assert all(0 <= said[name] <= best[name] + 1e-9 for name in said)
+    assert best["rouge_l"] == pytest.approx(1)
+    assert best["bleu_4"] == pytest.approx(1)
+    assert best["cider"] == pytest.approx(10)
+
+
+def test_an_empty_caption_shares_nothing():
+    assert set(overlap("...", ["a cat"]).values()) == {0.0}
+
+
+def outcome() -> Outcome:
+    told = [{"reference": "a red dog"}, {"references": ["two cats", "a pair of cats"]}, {}]
+    return Outcome(prompts_of(["x", "y", "z"], 1, told), ["a red dog", "two cats sit", "a hat"])
+
+
+def test_as_a_reward_it_tells_all_and_misses_what_has_no_reference():
+    signal = load("caption_overlap", measure="rouge_l")(outcome())
+    assert signal.valid[:, 0].tolist() == [True, True, False]
+    assert signal.values[0, 0] == 1
+    assert signal.details[1]["bleu_1"] == pytest.approx(2 / 3)
+    assert "no reference" in signal.details[2]["missing"]
+    check_reward(load("caption_overlap"), outcome())
+
+
+def test_a_corpus_tells_what_is_rare(tmp_path):
+    lines = [{"prompt": "x", "reference": text} for text in ("a red dog", "a red cat", "a blue cat")]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    rare = rarity([[line["reference"]] for line in lines])
+    signal = load("caption_overlap", corpus=str(file))(outcome())
+    assert float(signal.values[0]) == pytest.approx(cider_d("a red dog".split(), ["a red dog".split()], rare))
+    with pytest.raises(ValueError, match="there is no corpus"):
+        load("caption_overlap", corpus=str(tmp_path / "none.jsonl"))
+    file.write_text('{"prompt": "x"}')
+    with pytest.raises(ValueError, match=r"no line of .* has a reference"):
+        load("caption_overlap", corpus=str(file))
+    with pytest.raises(ValueError, match="measure must be one of cider"):
+        load("caption_overlap", measure="meteor")
