@@ -26,10 +26,10 @@ WEIGHT = 2.5
 
 @dataclass(eq=False)
 class CaptionClipScore:
-    """How well a caption fits its picture, and its references with `references`: 0 to 2.5, and 0 to about 1.4.
+    """How well a caption fits its picture, 0 to 2.5; with `references` its references too, to about 1.4.
 
-    Needs `image`, and `reference` or `references`, in the prompt line. Details hold both scores where both are
-    known.
+    Needs `image`, and `reference` or `references`, in the prompt line. Details hold both scores where both
+    are known.
     """
 
     model: str = "openai/clip-vit-base-patch32"  # the authors' own; local folder or hub id
@@ -75,7 +75,8 @@ class CaptionClipScore:
             return str(error)
         flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         pixels = flat.reshape(1, picture.height, picture.width, 3).permute(0, 3, 1, 2).float() / 255
-        return self._towers.pictures(pixels.to(self._towers.device), self.batch)[0]
+        found: Tensor = self._towers.pictures(pixels.to(self._towers.device), self.batch)[0]
+        return found
 
     def _scores(self, caption: str, known: list[str], picture: Tensor) -> dict[str, float]:
         said, *read = self._towers.texts([f"{self.before}{text}" for text in (caption, *known)])

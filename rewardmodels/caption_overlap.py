@@ -5,13 +5,13 @@
     ROUGE-L   (1 + B^2) P R / (R + B^2 P),  P, R: longest common subsequence over c and over r, B = 1.2
     CIDEr-D   10/4 sum_n mean_refs exp(-(c - r)^2 / 72) min(g_n(c), g_n(r)) . g_n(r) / (|g_n(c)| |g_n(r)|)
 
-g_n: counts of n-grams times how rare each is among the references of a corpus. Papineni et al. 2002; Lin 2004;
-Vedantam et al. 2015 (arXiv:1411.5726). Precisions of BLEU for k > 1 have 1 added above and below (Lin and Och
-2004), because single captions often share no 4-gram. Of several references ROUGE-L takes the best P and the best
-R, as the COCO code does.
+g_n: counts of n-grams times how rare each is among the references of a corpus. Papineni et al. 2002; Lin
+2004; Vedantam et al. 2015 (arXiv:1411.5726). Precisions of BLEU for k > 1 have 1 added above and below (Lin
+and Och 2004), because single captions often share no 4-gram. Of several references ROUGE-L takes the best P
+and the best R, as the COCO code does.
 
-They count words and know no meaning: a caption that says the opposite in the same words is rated high. Made to
-compare with older work, at weight 0.
+They count words and know no meaning: a caption that says the opposite in the same words is rated high. Made
+to compare with older work, at weight 0.
 """
 
 from __future__ import annotations
