@@ -39,6 +39,7 @@ REWARDS = {
     "image_reward": "mmalign.rewardmodels.image_reward:ImageReward",
     "caption_clip_score": "mmalign.rewardmodels.caption_clip:CaptionClipScore",
     "caption_overlap": "mmalign.rewardmodels.caption_overlap:CaptionOverlap",
+    "geneval": "mmalign.rewardmodels.geneval:GenEval",
     "lab_style": "mmalign.rewardmodels.lab_style:LabStyle",
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
