@@ -20,6 +20,7 @@ FITTING = {
     "lab_distill": ["algorithm.teachers={}", "algorithm.guidance=2.5"],
     "lab_flow_dppo": ["algorithm.actions=2"],
     "lab_mix_grpo": ["algorithm.width=2"],
+    "lab_style": ["policy.vae=null"],  # of the lab's own latents
     "lab_tempflow_grpo": ["algorithm.starts=1"],
     "lab_g2rpo": ["algorithm.trained=[0, 2]"],
 }
