@@ -33,6 +33,7 @@ class StylesTraining:
     lr: float = 2e-3
     hold: float = 0.1  # weight of the squared distance of plain latents from where they were
     precision: str = "bf16"  # fp32 where the processor does not compute in bf16
+    scored: int = 400  # held-out scenes that it is measured on
     seed: int = 0
     save_every: int = 200
 
@@ -68,7 +69,7 @@ def train_styles(config: StylesTraining, out: Path) -> dict[str, float]:
         "styles", out, {"vae": vae}, [optimizer], schedule, loss, config.seed, 0.99, config.save_every
     ).run()
     vae.eval().to(memory_format=torch.contiguous_format)
-    found = measure_styles(vae, first)
+    found = measure_styles(vae, first, config.scored)
     vae.half().save_pretrained(out / "styles_vae")
     return found
 
@@ -88,7 +89,7 @@ def measure_styles(vae: Any, first: Any, count: int = 400, seed: int = 1) -> dic
     found = {}
     for style in STYLES:
         of = [got == style for got, wanted in zip(seen, data.styles, strict=True) if wanted == style]
-        found[style] = 100 * sum(of) / len(of)
+        found[style] = 100 * sum(of) / max(1, len(of))
     plain = torch.tensor([style == STYLES[0] for style in data.styles])
     change = vae.decode(before[plain]).sample - first.decode(before[plain]).sample
     return found | {

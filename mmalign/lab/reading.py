@@ -25,6 +25,7 @@ SPECK = 24  # pixels; smaller pieces are dirt. The smallest thing there is, a sm
 # Raise it to accept only what is drawn well, lower it for models that draw badly.
 LIKENESS = 0.95
 RADII = (5.0, 14.5)  # pixels; a thing smaller or larger is a blob
+NAMELESS = 0.8  # step away from the background that is full in no color of the lab's
 HUE = 0.95  # cosine between a pixel's and a color's step away from the background; below, it is another color
 
 GROUND = np.array(BACKGROUND) / 255
@@ -126,18 +127,24 @@ def read_scene(image: Any) -> Scene:
 
 def pieces(picture: np.ndarray) -> list[Piece]:
     """The connected patches of ink in a picture [64, 64, 3], specks left out."""
-    away = picture - GROUND
+    color, cover = steps(picture)
+    return [cut(mask, cover, color) for mask in patches(cover > INK)]
+
+
+def steps(picture: np.ndarray, ground: np.ndarray = GROUND) -> tuple[np.ndarray, np.ndarray]:
+    """Which color each pixel steps toward from the ground, len(COLORS) for none, and how far: [64, 64] each.
+
+    1 is the full color.
+    """
+    full, moved = AWAY + GROUND - ground, picture - ground
     # Colors are judged on 3 x 3 pixels: mixing with the background keeps the direction, noise averages out.
-    calm = ndimage.uniform_filter(away, (3, 3, 1))
-    likeness = calm @ (AWAY / np.linalg.norm(AWAY, axis=1, keepdims=True)).T
+    calm = ndimage.uniform_filter(moved, (3, 3, 1))
+    likeness = calm @ (full / np.linalg.norm(full, axis=1, keepdims=True)).T
     color = likeness.argmax(-1)
     strength = np.linalg.norm(calm, axis=-1)
     color[likeness.max(-1) < HUE * strength] = len(COLORS)
-
-    # How much of its color's full step away from the background a pixel takes.
-    steps = [away @ (AWAY / (AWAY**2).sum(1, keepdims=True)).T, strength[..., None] / 0.8]
-    cover = np.take_along_axis(np.concatenate(steps, -1), color[..., None], -1)[..., 0]
-    return [cut(mask, cover, color) for mask in patches(cover > INK)]
+    along = [moved @ (full / (full**2).sum(1, keepdims=True)).T, strength[..., None] / NAMELESS]
+    return color, np.take_along_axis(np.concatenate(along, -1), color[..., None], -1)[..., 0]
 
 
 def patches(ink: np.ndarray) -> Iterator[np.ndarray]:

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from mmalign.lab.reading import AWAY, GROUND, HUE, as_picture
+from mmalign.lab.reading import AWAY, GROUND, NAMELESS, as_picture, steps
 from mmalign.lab.render import LIGHT, NIGHT, PALE
 from mmalign.lab.scenes import COLORS
 
 # Styles that can be repainted. Rims of outlined pictures hide the color of thin things, such as small rings.
 READABLE = ("plain", "pastel", "night", "striped")
+
+# What brings a style's fullest color to the full one.
+GAIN = {"pastel": 1 / PALE, "striped": 1 / (1 - LIGHT)}
 
 DARK = np.array(NIGHT) / 255
 INSIDE = 0.25  # share of a full color from which a pixel belongs to a thing of any style
@@ -36,7 +39,7 @@ def style_of(image: Any) -> str:
     if np.linalg.norm(ground - DARK) < np.linalg.norm(ground - GROUND):
         return "night"
     rims = (picture.max(-1) < BLACK).sum()
-    color, cover = steps(picture, "plain")
+    color, cover = steps(picture)
     inside = (cover > INSIDE) & (color < len(COLORS))
     if rims > RIMMED * max(1, inside.sum() + rims):
         return "outlined"
@@ -57,27 +60,8 @@ def as_plain(image: Any, style: str) -> np.ndarray:
         return picture
     if style not in READABLE:
         raise ValueError(f"as_plain: style must be one of {', '.join(READABLE)}, got {style!r}")
-    color, cover = steps(picture, style)
-    full = np.concatenate([AWAY, np.full((1, 3), -0.8 / 3**0.5)])  # the last: no color of the lab's
-    repainted: np.ndarray = (GROUND + cover.clip(0, 1)[..., None] * full[color]).clip(0, 1)
+    color, cover = steps(picture, DARK if style == "night" else GROUND)
+    cover = (cover * GAIN.get(style, 1.0)).clip(0, 1)
+    full = np.concatenate([AWAY, np.full((1, 3), -NAMELESS / 3**0.5)])
+    repainted: np.ndarray = (GROUND + cover[..., None] * full[color]).clip(0, 1)
     return repainted
-
-
-def steps(picture: np.ndarray, style: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which color each pixel steps toward from the style's ground, len(COLORS) for none, and how far: [S, S].
-
-    1 is the style's full color. Judged on 3 x 3 pixels, as `reading.pieces` does.
-    """
-    ground = DARK if style == "night" else GROUND
-    away = AWAY + GROUND - ground
-    moved = picture - ground
-    calm = ndimage.uniform_filter(moved, (3, 3, 1))
-    likeness = calm @ (away / np.linalg.norm(away, axis=1, keepdims=True)).T
-    color = likeness.argmax(-1)
-    strength = np.linalg.norm(calm, axis=-1)
-    color[likeness.max(-1) < HUE * strength] = len(COLORS)
-    along = moved @ (away / (away**2).sum(1, keepdims=True)).T
-    every = np.concatenate([along, strength[..., None] / 0.8], -1)
-    cover = np.take_along_axis(every, color[..., None], -1)[..., 0]
-    gain = {"pastel": 1 / PALE, "striped": 1 / (1 - LIGHT)}.get(style, 1.0)
-    return color, cover * gain

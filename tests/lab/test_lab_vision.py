@@ -33,8 +33,11 @@ from mmalign.lab.pretrain_dino import (
     train_dino,
 )
 from mmalign.lab.pretrain_loop import keyed
+from mmalign.lab.pretrain_styles import StylesTraining, measure_styles, train_styles
 from mmalign.lab.prompts import held_out_prompts
 from mmalign.lab.vit import ViT, ViTSize
+
+LAB = Path(__file__).resolve().parents[2] / "assets/lab"
 
 TINY = ViTSize(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 SMALL = CLIPSize(32, 8, Tower(16, 2, 2), Tower(16, 1, 2), 24, 8)
@@ -270,3 +273,37 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(which, tmp_pa
     losses = [json.loads(row)["loss"] for row in (tmp_path / "whole" / f"{which}.jsonl").open()]
     assert len(losses) == 4
     assert any(a != b for a, b in pairwise(losses))
+
+
+# The autoencoder of all styles
+
+
+def test_the_shipped_autoencoder_draws_other_styles_and_keeps_plain_latents():
+    from diffusers import AutoencoderKL
+
+    first = AutoencoderKL.from_pretrained(LAB / "flow", subfolder="vae").eval()
+    vae = AutoencoderKL.from_pretrained(LAB / "styles_vae").float().eval()
+    found = measure_styles(vae, first, count=40, seed=5)
+    assert found["pastel"] > 90
+    assert found["night"] > 90
+    assert found["plain"] > 95
+    assert found["latents"] < 0.1  # of a deviation of 1
+    before = measure_styles(first, first, count=40, seed=5)
+    assert before["pastel"] < 20
+    assert before["latents"] == 0
+
+
+@pytest.mark.slow
+def test_training_it_writes_an_autoencoder_that_holds_plain_latents(tmp_path):
+    from diffusers import AutoencoderKL
+
+    tiny = {"scenes": 32, "steps": 6, "batch": 4, "scored": 12, "save_every": 3}
+    config = StylesTraining(start=str(LAB / "flow"), precision="fp32", **tiny)
+    found = train_styles(config, tmp_path)
+    assert found["latents"] < 0.5
+    AutoencoderKL.from_pretrained(tmp_path / "styles_vae")
+    rows = [json.loads(line) for line in (tmp_path / "styles.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert rows[0]["moved"] == pytest.approx(0, abs=1e-6)  # it begins where it was
+    free = train_styles(replace(config, hold=0.0), tmp_path / "free")
+    assert free["latents"] > found["latents"]
