@@ -278,6 +278,7 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(which, tmp_pa
 # The autoencoder of all styles
 
 
+@pytest.mark.slow
 def test_the_shipped_autoencoder_draws_other_styles_and_keeps_plain_latents():
     from diffusers import AutoencoderKL
 
