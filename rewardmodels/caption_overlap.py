@@ -41,13 +41,10 @@ WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 @dataclass(eq=False)
 class CaptionOverlap:
-    """One of the measures as a reward, all of them in its details; needs `reference` or `references`.
+    """One of the measures as a reward, all of them in its details; needs `reference` or `references`."""
 
-    corpus: prompt file whose references tell how rare words are, for CIDEr-D; null: all n-grams count alike.
-    """
-
-    measure: Measure = "cider"
-    corpus: str | None = None
+    measure: Measure = "cider"  # which of them is the reward
+    corpus: str | None = None  # prompt file whose references tell how rare words are; null: all count alike
     name = "caption_overlap"
 
     def __post_init__(self) -> None:

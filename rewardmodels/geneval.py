@@ -108,7 +108,7 @@ class GenEval:
 
     model: str = "google/owlv2-base-patch16-ensemble"  # any zero-shot detector; local folder or hub id
     clip: str = "openai/clip-vit-large-patch14"  # that names colors
-    measure: Measure = "strict"
+    measure: Measure = "strict"  # strict: 1 where all holds, else 0; soft: the mean share of what is asked
     threshold: float = 0.3  # score from which a box counts
     counting: float = 0.9  # where a number is asked for; lower it for detectors that are never so sure
     overlap: float = 0.7  # of two boxes of a class that overlap by more, the surer counts

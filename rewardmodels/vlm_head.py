@@ -129,7 +129,7 @@ class HPSv3:
     weights: str  # HPSv3.safetensors, as published
     template: str  # file with the instruction that it was trained on
     model: str = "Qwen/Qwen2-VL-7B-Instruct"  # what its weights belong to; local folder or hub id
-    token: str = "<|Reward|>"
+    token: str = "<|Reward|>"  # of the template, at which the head reads
     pixels: int = 256 * 28 * 28  # that every picture is brought to
     precision: Precision = "fp32"  # of the network; bf16 or fp16 are faster on a GPU
     batch: int = 8  # pictures at once; lower it for less memory
@@ -170,7 +170,7 @@ class VideoAlign:
     model: str = "Qwen/Qwen2-VL-2B-Instruct"  # what its weights belong to; local folder or hub id
     lora_alpha: float | None = None  # of the adapters in the weights, where they are not merged
     frames: int = 10  # of a video that are shown, evenly over its length, at most; an even number
-    grain: Literal["sample", "criterion"] = "sample"
+    grain: Literal["sample", "criterion"] = "sample"  # the sum of the three scores, or each by itself
     precision: Precision = "fp32"  # of the network; bf16 or fp16 are faster on a GPU
     batch: int = 4  # videos at once; lower it for less memory
     name = "videoalign"

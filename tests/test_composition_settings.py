@@ -18,15 +18,15 @@ GIVEN = {
     "marble": {"every": 5, "shares": "equal"},
     "product": {"primary": "lab", "ranges": {"contrast": [0, 0.3]}, "least": {"lab": 0.1}},
     "gated": {
-        "order": ["lab", "lab_colors", "contrast", "colorfulness", "jpeg_compressibility"],
-        "above": {"lab": 0.5, "lab_colors": 0.1, "contrast": 0.1, "colorfulness": 0.1},
+        "order": ["lab", "lab_colors", "contrast", "clip_score", "artifact"],
+        "above": {"lab": 0.5, "lab_colors": 0.1, "contrast": 0.1, "clip_score": 1.0},
     },
     "log_sigmoid": {"references": "references.json", "temperature": {"lab": 0.5}},
     "ordered": {
-        "order": ["lab", "lab_colors", "contrast", "colorfulness", "jpeg_compressibility"],
+        "order": ["lab", "lab_colors", "contrast", "clip_score", "artifact"],
         "margin": {"lab": 0.2},
     },
-    "constrained": {"limits": {"jpeg_compressibility": {"below": -3, "rate": 0.05}}},
+    "constrained": {"limits": {"artifact": {"below": 0.5, "rate": 0.05}}},
 }
 
 
