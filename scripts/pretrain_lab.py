@@ -1,10 +1,11 @@
 """Trains a complete small SD3 pipeline from nothing, on the lab or on any captioned pictures; or a captioner;
-a Wan pipeline on clips of the lab; a CLIP or a DINO of its pictures; or an autoencoder of all its styles.
+a Wan pipeline on clips of the lab; a Kontext pipeline on its edits; a CLIP or a DINO of its pictures; or an autoencoder of all its styles.
 
     python scripts/pretrain_lab.py --out runs/pretrain_lab
     python scripts/pretrain_lab.py --data data/emoji/64 --out runs/pretrain_emoji --flow-steps 2000
     python scripts/pretrain_lab.py captioner --out runs/captioner
     python scripts/pretrain_lab.py video --out runs/video
+    python scripts/pretrain_lab.py edit --out runs/edit
     python scripts/pretrain_lab.py clip --out runs/vision
     python scripts/pretrain_lab.py dino --out runs/vision
     python scripts/pretrain_lab.py styles_vae --out runs/vision
@@ -33,6 +34,7 @@ from mmalign.lab.pretrain_data import draw_lab, read_captioned
 
 LAB_SCENES = 100_000  # drawn for training; each is seen about five times
 CAPTIONED_SCENES = 24_000
+SCORED_EDITS = 256  # held-out ones, at every snapshot
 SCORED_CLIPS = 64  # of prompts that are not trained on, at every snapshot
 SCORED_IMAGES = 2  # of each held-out prompt, at every snapshot
 
@@ -138,6 +140,28 @@ def video(given: list[str]) -> None:
     pretrain_video(config, out, snapshot)
 
 
+def edit(given: list[str]) -> None:
+    """Trains the lab's editor."""
+    from mmalign.lab.pretrain_edit import EditPretraining, carry_out, draw_edits, judged, pretrain_edit
+
+    config, out = parsed(given, EditPretraining, "edit", "pipeline")
+    drawn = draw_edits(SCORED_EDITS, config.seed, "heldout")
+    sources, edits = [source for source, _, _ in drawn], [edit for _, edit, _ in drawn]
+
+    def snapshot(pipeline: Any, step: int) -> None:
+        pictures = carry_out(pipeline, sources, edits, steps=20, seed=0)
+        verdicts = judged(pictures, sources, edits)
+        found = {
+            name: sum(float(getattr(verdict, name)) for verdict in verdicts) / len(verdicts)
+            for name in ("strict", "soft", "change", "stay")
+        }
+        with open(out / "scores.jsonl", "a") as log:
+            log.write(json.dumps({"step": step, **found}) + "\n")
+        print(f"\nstep {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
+
+    pretrain_edit(config, out, snapshot)
+
+
 def vision(which: str, given: list[str]) -> None:
     """Trains the lab's CLIP, its DINO or its autoencoder of all styles, and says how good it is."""
     from mmalign.lab.pretrain_clip import ClipTraining, train_clip
@@ -160,6 +184,7 @@ def main() -> None:
     named: dict[str, Callable[[list[str]], None]] = {
         "captioner": captioner,
         "video": video,
+        "edit": edit,
         "clip": partial(vision, "clip"),
         "dino": partial(vision, "dino"),
         "styles_vae": partial(vision, "styles_vae"),

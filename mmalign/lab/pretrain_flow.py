@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmalign.lab.pretrain_loop import Muon, Schedule, Stage
 from mmalign.lab.pretrain_text import ENCODERS, TextSize, encode
 
-OUTER = ("shared", "embedding.", "proj_out", "relative_attention_bias")  # tables and the last projection
+TABLES = ("shared", "embedding.", "relative_attention_bias")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def flow_optimizers(modules: Mapping[str, nn.Module], lr: float) -> list[torch.o
     rest: list[nn.Parameter] = []
     for module in modules.values():
         for name, parameter in module.named_parameters():
-            outer = any(part in name for part in OUTER)
+            outer = name.startswith("proj_out") or any(part in name for part in TABLES)
             (matrices if parameter.ndim == 2 and not outer else rest).append(parameter)
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     return [Muon(matrices, lr, decay=0.01), adam]

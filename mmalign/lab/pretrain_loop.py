@@ -4,8 +4,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -204,3 +205,14 @@ def keyed(seed: int, purpose: str, index: int) -> torch.Generator:
     """A generator for one purpose and index, independent of every other."""
     key = int.from_bytes(purpose.encode()[:4].ljust(4), "big")
     return torch.Generator().manual_seed((seed * 1_000_003 + key) * 1_000_003 + index)
+
+
+def remember(config: Any, out: Path, free: Sequence[str]) -> None:
+    """Writes the settings, a dataclass, beside the run; refuses to go on with others but the `free` ones."""
+    out.mkdir(parents=True, exist_ok=True)
+    file, now = out / "pretraining.json", asdict(config)
+    if file.exists():
+        before = json.loads(file.read_text())
+        if changed := [key for key in now if now[key] != before.get(key) and key not in free]:
+            raise ValueError(f"{out}: was begun with other settings of {changed}: use another --out")
+    file.write_text(json.dumps(now, indent=2) + "\n")

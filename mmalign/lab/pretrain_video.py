@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from mmalign.lab.clip_verifier import score_clip
 from mmalign.lab.clips import FRAMES, SIDE, parse_clip, training_clip
 from mmalign.lab.pretrain_flow import flow_optimizers, save_pipeline
-from mmalign.lab.pretrain_loop import Schedule, Stage
+from mmalign.lab.pretrain_loop import Schedule, Stage, remember
 from mmalign.lab.pretrain_text import t5_tokenizer, words
 from mmalign.lab.scenes import BACKGROUND
 
@@ -224,8 +223,7 @@ def pretrain_video(
     """Draws the clips, trains, and writes the pipeline folder `out/pipeline`, going on if `out` was begun."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    out.mkdir(parents=True, exist_ok=True)
-    remember(config, out)
+    remember(config, out, free=("vae_steps", "flow_steps", "flow_decay", "save_every", "shift"))
     clips, texts = draw_clips(config.clips, config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -263,17 +261,6 @@ def token_ids(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Tensor
         list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
     return found["input_ids"], found["attention_mask"]
-
-
-def remember(config: VideoPretraining, out: Path) -> None:
-    """Writes the settings beside the run, and refuses to go on with others; lengths may change."""
-    file, now = out / "pretraining.json", asdict(config)
-    if file.exists():
-        before = json.loads(file.read_text())
-        free = ("vae_steps", "flow_steps", "flow_decay", "save_every", "shift")
-        if changed := [key for key in now if now[key] != before.get(key) and key not in free]:
-            raise ValueError(f"{out}: was begun with other settings of {changed}: use another --out")
-    file.write_text(json.dumps(now, indent=2) + "\n")
 
 
 @torch.no_grad()

@@ -216,7 +216,7 @@ def compose(task: Task, rng: random.Random) -> Scene:
     if task.word:
         return Scene(word=_write(task.word, rng))
     while True:
-        scene = Scene(_arrange(_dress(task, rng), rng))
+        scene = Scene(arrange(_dress(task, rng), rng))
         if _satisfied(task, scene) and (task.held_out or not heldout.shows_held_out(scene)):
             return scene
 
@@ -242,7 +242,7 @@ def _dress(task: Task, rng: random.Random) -> list[Thing]:
     return things
 
 
-def _arrange(things: Sequence[Thing], rng: random.Random, tries: int = 40) -> tuple[Thing, ...]:
+def arrange(things: Sequence[Thing], rng: random.Random, tries: int = 40) -> tuple[Thing, ...]:
     """The things at places where none touches another; each in its own quarter if that is hard to find."""
     order = list(range(len(things)))
     rng.shuffle(order)
@@ -250,7 +250,7 @@ def _arrange(things: Sequence[Thing], rng: random.Random, tries: int = 40) -> tu
     for i in order:
         low, high = things[i].extent + BORDER, CANVAS - things[i].extent - BORDER
         for _ in range(tries):
-            thing = _at(things[i], rng.uniform(low, high), rng.uniform(low, high))
+            thing = moved(things[i], rng.uniform(low, high), rng.uniform(low, high))
             if all(apart(thing, other) for other in done.values()):
                 done[i] = thing
                 break
@@ -267,12 +267,12 @@ def _quarters(things: Sequence[Thing], rng: random.Random) -> tuple[Thing, ...]:
         return CANVAS - near if far else near
 
     return tuple(
-        _at(thing, coordinate(thing.extent, right), coordinate(thing.extent, low))
+        moved(thing, coordinate(thing.extent, right), coordinate(thing.extent, low))
         for thing, (right, low) in zip(things, corners, strict=True)
     )
 
 
-def _at(thing: Thing, x: float, y: float) -> Thing:
+def moved(thing: Thing, x: float, y: float) -> Thing:
     return Thing(thing.shape, thing.color, thing.size, x, y, thing.radius)
 
 
