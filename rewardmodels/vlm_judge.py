@@ -8,16 +8,16 @@ its length.
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from mmalign.claims import SCHEMA, ClaimError, Comparison, parse
 from mmalign.pictures import frames_of, open_picture
+from mmalign.rewardmodels.asking import Client, answers
 from mmalign.rewardmodels.caption_judges import Case, Judged
-from mmalign.rewardmodels.endpoint import Answer, Endpoint, Question, said, shown
+from mmalign.rewardmodels.endpoint import Endpoint, Question, said, shown
 from mmalign.rewardmodels.local_chat import LocalChat
 
 RULES = """You compare two descriptions of the picture, A and B. List every concrete visual difference between
@@ -35,14 +35,7 @@ word; leave a claim empty where a side says nothing."""
 RATING = """Rate the description of the picture from 0 to 10 for being right, covering what is there, and
 naming attributes, counts, relations and text rightly. What is invented weighs more than what is left out;
 length earns nothing. Answer with the number alone."""
-T = TypeVar("T")
 _NUMBER = re.compile(r"(?<![\d.])(10(?:\.0+)?|\d(?:\.\d+)?)(?![\d.]*\d)")
-
-
-class Client(Protocol):
-    """Whoever answers questions: `Endpoint` or `LocalChat`."""
-
-    def ask(self, questions: Sequence[Question]) -> list[Answer]: ...
 
 
 @dataclass
@@ -101,7 +94,7 @@ class ModelJudge:
                         [{"role": "user", "content": parts}], heat, look * 1000, self.held_to()
                     )
                     asked.append((number, swapped, question))
-        found = self._read([question for *_, question in asked], parse)
+        found = answers(self.client, [question for *_, question in asked], parse, self.attempts, self.seed)
         judged = []
         for number in range(len(cases)):
             rows = [(flip, *found[i]) for i, (n, flip, _) in enumerate(asked) if n == number]
@@ -115,19 +108,20 @@ class ModelJudge:
     def rate(self, cases: Sequence[Case]) -> list[float | str]:
         questions: list[Question] = []
         places: list[int] = []
-        answers: dict[int, float | str] = {}
+        rated: dict[int, float | str] = {}
         for number, case in enumerate(cases):
             try:
                 pictures = self._pictures(case)
             except ValueError as error:
-                answers[number] = str(error)
+                rated[number] = str(error)
                 continue
             parts = [said(RATING), *pictures, said(f"Description: {case.caption}")]
             questions.append(Question([{"role": "user", "content": parts}]))
             places.append(number)
-        for number, (found, *_) in zip(places, self._read(questions, rating), strict=True):
-            answers[number] = found
-        return [answers[number] for number in range(len(cases))]
+        replies = answers(self.client, questions, rating, self.attempts, self.seed)
+        for number, (found, *_) in zip(places, replies, strict=True):
+            rated[number] = found
+        return [rated[number] for number in range(len(cases))]
 
     def _pictures(self, case: Case) -> list[dict[str, Any]]:
         """What a case shows, as parts of a message; ValueError where it cannot be read."""
@@ -141,30 +135,6 @@ class ModelJudge:
         count = min(self.frames, len(files))
         places = [round(i * (len(files) - 1) / max(1, count - 1)) for i in range(count)]
         return [shown(open_picture(files[place]), self.side) for place in places]
-
-    def _read(
-        self, questions: Sequence[Question], read: Callable[[str], T]
-    ) -> list[tuple[T | str, int, int]]:
-        """What is read from the answer to each question, or the problem; and what it cost."""
-        found: list[T | str] = [""] * len(questions)
-        cost = [[0, 0] for _ in questions]
-        open_ = list(range(len(questions)))
-        for attempt in range(self.attempts + 1):
-            again = []
-            batch = [questions[i] for i in open_]
-            if attempt:  # the same temperature in every run, so that a recording can be replayed
-                heat = random.Random(f"{self.seed} {attempt}").random()
-                batch = [replace(q, attempt=q.attempt + attempt, temperature=heat) for q in batch]
-            for i, answer in zip(open_, self.client.ask(batch), strict=True):
-                cost[i][0] += answer.calls
-                cost[i][1] += answer.tokens
-                found[i], readable = _readable(answer, read)
-                if answer.text is not None and not readable:
-                    again.append(i)
-            open_ = again
-            if not open_:
-                break
-        return [(value, calls, tokens) for value, (calls, tokens) in zip(found, cost, strict=True)]
 
 
 @dataclass
@@ -200,15 +170,6 @@ class LocalJudge(ModelJudge):
     def open(self) -> Client:
         client: Client = LocalChat(self.model, **self.chat)  # type: ignore[arg-type]
         return client
-
-
-def _readable(answer: Answer, read: Callable[[str], T]) -> tuple[T | str, bool]:
-    if answer.text is None:
-        return answer.problem, False
-    try:
-        return read(answer.text), True
-    except ClaimError as error:
-        return str(error), False
 
 
 def rating(answer: str) -> float:

@@ -1,5 +1,6 @@
 """Trains a complete small SD3 pipeline from nothing, on the lab or on any captioned pictures; or a captioner;
-a Wan pipeline on clips of the lab; a Kontext pipeline on its edits; a CLIP or a DINO of its pictures; or an autoencoder of all its styles.
+a Wan pipeline on clips of the lab; a Kontext pipeline on its edits; a CLIP or a DINO of its pictures; or an
+autoencoder of all its styles.
 
     python scripts/pretrain_lab.py --out runs/pretrain_lab
     python scripts/pretrain_lab.py --data data/emoji/64 --out runs/pretrain_emoji --flow-steps 2000

@@ -89,13 +89,18 @@ def judge_edit(scene: Scene, source: Scene, edit: Edit) -> EditVerdict:
         kept += rest
     elif edit.kind == "swap":
         pairs = [(wanted[i], things[i]) for i in sorted(touched)]
-        asked = [_exchanged(thing, seen, other) for (thing, seen), (other, _) in zip(pairs, pairs[::-1], strict=True)]
+        asked = [
+            _exchanged(thing, seen, other)
+            for (thing, seen), (other, _) in zip(pairs, pairs[::-1], strict=True)
+        ]
         kept += [_measured(thing, seen) for thing, seen in pairs]
     elif edit.kind == "remove":
         asked, free = _removed(source.things[subject or 0], free)
     else:
         stood = None if anchor is None else things[anchor] or source.things[anchor]
-        asked, rest, free = _placed(source.things[subject] if subject is not None else None, free, edit, stood)
+        asked, rest, free = _placed(
+            source.things[subject] if subject is not None else None, free, edit, stood
+        )
         kept += rest
     letters = len(scene.word.text) if scene.word else 0
     return EditVerdict(edit.kind, tuple(asked), tuple(kept), len(free) + letters, scene)
@@ -136,7 +141,12 @@ def _unchanged(thing: Thing, seen: Thing | None) -> Check:
     name = f"{thing.color} {thing.shape}"
     if seen is None:
         return Check(name, 0.0)
-    right = (seen.shape == thing.shape, seen.color == thing.color, _as_large(thing, seen), _there(thing, seen))
+    right = (
+        seen.shape == thing.shape,
+        seen.color == thing.color,
+        _as_large(thing, seen),
+        _there(thing, seen),
+    )
     return Check(name, sum(right) / 4)
 
 

@@ -196,8 +196,8 @@ def apply(scene: Scene, edit: Edit, rng: random.Random) -> Scene | None:
             return None
         size = "small" if len(things) > 2 else "medium"
         new = Thing(edit.subject.shape, str(edit.subject.color), size, 0.0, 0.0, rng.uniform(*SIZES[size]))
-        spot = _room(new, things, edit, scene, rng)
-        return spot and replace(scene, things=(*things, spot))
+        found = _room(new, things, edit, scene, rng)
+        return None if found is None else replace(scene, things=(*things, found))
     at = find(scene, edit.subject)
     old = things[at]
     if edit.kind == "remove":

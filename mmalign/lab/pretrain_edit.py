@@ -159,7 +159,8 @@ def velocity_error(
         img_ids=torch.cat([places(side, 0.0), places(side, 1.0)]),
         return_dict=False,
     )[0][:, : tokens.shape[1]]
-    return (velocity.float() - pack(noise - target)).square().mean((1, 2))
+    error: Tensor = (velocity.float() - pack(noise - target)).square().mean((1, 2))
+    return error
 
 
 def pretrain_edit(
@@ -172,20 +173,21 @@ def pretrain_edit(
     vae = AutoencoderKL.from_pretrained(config.vae).eval().to(memory_format=torch.channels_last)
     drawn = draw_edits(config.edits, config.seed)
     texts = [write_edit(edit) for _, edit, _ in drawn]
-    source, target = (encode_mean(vae, pictures_of([row[side] for row in drawn])) for side in (0, 2))
+    source = encode_mean(vae, pictures_of([before for before, _, _ in drawn]))
+    target = encode_mean(vae, pictures_of([after for _, _, after in drawn]))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         vocabulary = words(texts)
-        tokenizers = [clip_tokenizer(vocabulary, config.length), t5_tokenizer(vocabulary, config.length)]
-        encoders = build_text_encoders(*tokenizers, config)
+        clip, t5 = clip_tokenizer(vocabulary, config.length), t5_tokenizer(vocabulary, config.length)
+        encoders = build_text_encoders(clip, t5, config)
         transformer = build_transformer(config, vae.config.latent_channels)
     modules: dict[str, nn.Module] = {"transformer": transformer, **encoders}
-    ids = token_ids(tokenizers, texts, config.length)
+    ids = token_ids([clip, t5], texts, config.length)
     pipeline = FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
+        tokenizer=clip,
+        tokenizer_2=t5,
         **modules,
     )
 
