@@ -109,7 +109,7 @@ class Run:
             self._draw(shown, iteration)
         if name == report.TRAINED and (folder / "base.pt").is_file():
             before = Shown.load(folder / "base.pt")
-            panels = [before.panel("before"), shown.panel("after")]
+            panels = [*shown.before(), before.panel("before"), shown.panel("after")]
             sheet = grids.grid(shown.prompts, panels)
             (self.folder / SAMPLES).mkdir(exist_ok=True)
             sheet.save(self.folder / SAMPLES / report.BEFORE_AFTER)
@@ -120,7 +120,7 @@ class Run:
         if self.distributed.is_main:
             sheet = grids.grid(
                 shown.prompts,
-                [shown.panel("")],
+                [*shown.before(), shown.panel("")],
                 f"after {iteration} iterations" if iteration else "before training",
             )
             self.tracker.images(iteration, "step", sheet)

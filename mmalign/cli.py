@@ -419,12 +419,9 @@ def sample_command(options: argparse.Namespace) -> int:
     shown = early(lambda: subjects.draw_all(subject, options))
     out = Path(options.out) if options.out else subject.place / "grid.png"
     title = f"{subject.name}: before and after" if len(shown) > 1 else subject.name
-    prompts = next(iter(shown.values())).prompts
-    written = early(
-        lambda: grids.write(
-            out, prompts, [s.panel(side if len(shown) > 1 else "") for side, s in shown.items()], title
-        )
-    )
+    first = next(iter(shown.values()))
+    panels = [*first.before(), *(s.panel(side if len(shown) > 1 else "") for side, s in shown.items())]
+    written = early(lambda: grids.write(out, first.prompts, panels, title))
     print("\n".join(map(str, written)))
     return 0
 

@@ -36,7 +36,7 @@ from mmalign.contracts import (
 from mmalign.data import Prompt
 from mmalign.distances import Distances, Extract, compare, extracted, kid_parts
 from mmalign.grids import CELL, Panel, fit, from_pil
-from mmalign.pictures import still
+from mmalign.pictures import open_picture, still
 from mmalign.randomness import generator
 from mmalign.records import Outcome, Prompts
 from mmalign.scoring import judge as ask
@@ -497,13 +497,21 @@ class Shown:
     images: Tensor
     captions: list[str]
     told: list[Told] = field(default_factory=list)  # of a captioner: its texts with their claims
+    sources: Tensor | None = (
+        None  # of an editor: the first picture that each prompt edits, [len(prompts), ...]
+    )
 
     def panel(self, title: str) -> Panel:
         return Panel(title, self.images, self.captions)
 
+    def before(self) -> list[Panel]:
+        """A panel of what is edited, where there is something."""
+        return [] if self.sources is None else [Panel("source", self.sources)]
+
     def save(self, path: Path) -> None:
         pixels = (self.images.clamp(0, 1) * 255).round().byte()
-        torch.save({"prompts": self.prompts, "images": pixels, "captions": self.captions}, path)
+        raw = {"prompts": self.prompts, "images": pixels, "captions": self.captions}
+        torch.save(raw if self.sources is None else raw | {"sources": self.sources}, path)
         if self.told:
             claims_page.save(self.told, claims_of(path))
 
@@ -511,7 +519,17 @@ class Shown:
     def load(path: Path) -> Shown:
         raw = torch.load(path, weights_only=True)
         told = claims_page.load(claims_of(path)) if claims_of(path).is_file() else []
-        return Shown(raw["prompts"], raw["images"].float() / 255, raw["captions"], told)
+        return Shown(raw["prompts"], raw["images"].float() / 255, raw["captions"], told, raw.get("sources"))
+
+
+def sources_of(prompts: Sequence[Prompt]) -> Tensor | None:
+    """The first picture that each prompt names as its source, [N, 3, CELL, CELL]; None without any."""
+    named = [prompt.extra.get("source") for prompt in prompts]
+    files = [names[0] if isinstance(names, list) and names else names for names in named]
+    if not prompts or not all(isinstance(file, str) for file in files):
+        return None
+    shown = [fit(open_picture(str(file))) for file in files]
+    return torch.stack([from_pil(picture.resize((CELL, CELL))) for picture in shown])
 
 
 def claims_of(path: Path) -> Path:
@@ -654,6 +672,7 @@ class Evaluator:
             torch.cat([images[place][:show] for place in places]),
             captions,
             [self._told(p, v, names) for p in places if (v := found[row[p] * seeds]).text],
+            sources_of([self.prompts[place] for place in places]),
         )
 
     def _told(self, place: int, verdict: Verdict, names: Sequence[str]) -> Told:

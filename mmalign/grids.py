@@ -27,8 +27,8 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 class Panel:
     """One set of pictures for the same prompts: base, trained, iteration 40, ...
 
-    images: [N * seeds, 3, H, W] in [0, 1], or videos [N * seeds, F, 3, H, W], prompt by prompt. captions:
-    what stands under each, or empty.
+    images: [N * seeds, 3, H, W] in [0, 1], or videos [N * seeds, F, 3, H, W], prompt by prompt; panels of one
+    grid may have different numbers of seeds. captions: what stands under each, or empty.
     """
 
     title: str
@@ -99,25 +99,24 @@ def grid(prompts: Sequence[str], panels: Sequence[Panel], title: str = "") -> Im
     """All panels side by side, with the prompts in front."""
     if not prompts or not panels:
         raise ValueError("a grid needs at least one prompt and one panel")
-    seeds = {len(panel.images) / len(prompts) for panel in panels}
-    if len(seeds) > 1 or not next(iter(seeds)).is_integer() or not next(iter(seeds)):
+    if any(not len(panel.images) or len(panel.images) % len(prompts) for panel in panels):
         raise ValueError(
-            f"every panel needs the same number of pictures for each of the {len(prompts)} prompts, "
+            f"every panel needs as many pictures for each of the {len(prompts)} prompts, "
             f"got {[len(panel.images) for panel in panels]}"
         )
-    columns = int(next(iter(seeds)))
+    columns = [len(panel.images) // len(prompts) for panel in panels]
     small, large = font(13), font(16)
-    sample = fit(to_pil(panels[0].images[0]))
+    sample = fit(to_pil(panels[-1].images[0]))
     width, height = sample.size
     lines = max((text.count("\n") + 1 for panel in panels for text in panel.captions), default=0)
     caption = 4 + 16 * lines if lines else 0
     row = height + caption + GAP
-    panel_width = columns * (width + GAP) + GAP
+    wide = [count * (width + GAP) + GAP for count in columns]
     top = MARGIN + (28 if title else 0) + (28 if any(panel.title for panel in panels) else 0)
     sheet = Image.new(
         "RGB",
         (
-            MARGIN + LABEL + len(panels) * (panel_width + GAP) + MARGIN - GAP,
+            MARGIN + LABEL + sum(wide) + (len(wide) - 1) * GAP + MARGIN,
             top + len(prompts) * row + MARGIN,
         ),
         PAPER,
@@ -129,15 +128,17 @@ def grid(prompts: Sequence[str], panels: Sequence[Panel], title: str = "") -> Im
         for k, text in enumerate(wrap(prompt, LABEL - 2 * GAP, small, max(1, height // 18))):
             pen.text((MARGIN, top + n * row + 2 + 18 * k), text, INK, small)
     for p, panel in enumerate(panels):
-        left = MARGIN + LABEL + p * (panel_width + GAP)
+        left = MARGIN + LABEL + sum(wide[:p]) + p * GAP
         if panel.title:
             pen.text((left + GAP, top - 26), panel.title, INK, large)
         if p:
             pen.line([(left - GAP // 2, top - 26), (left - GAP // 2, sheet.height - MARGIN)], RULE, 2)
         for i, image in enumerate(panel.images):
-            x = left + GAP + (i % columns) * (width + GAP)
-            y = top + (i // columns) * row
-            sheet.paste(fit(to_pil(image)), (x, y))
+            x = left + GAP + (i % columns[p]) * (width + GAP)
+            y = top + (i // columns[p]) * row
+            picture = fit(to_pil(image))
+            picture.thumbnail((width, height))  # a source beside the sheet of a video is smaller
+            sheet.paste(picture, (x, y))
             if panel.captions:
                 for k, text in enumerate(panel.captions[i].split("\n")):
                     pen.text((x, y + height + 2 + 16 * k), clip(text, width, small), SOFT, small)

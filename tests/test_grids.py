@@ -58,9 +58,22 @@ def test_captions_are_drawn_below():
     assert (np.array(told)[bare.height - 16 :] < 200).any()
 
 
-@pytest.mark.parametrize("counts", [(4, 2), (3, 3), (0, 0)])
+def test_a_panel_of_what_is_edited_has_one_column():
+    source, drawn = torch.zeros(2, 3, 16, 16), torch.full((4, 3, 8, 8), 0.5)
+    alone, both = (
+        grid(["a", "b"], [Panel("", drawn)]),
+        grid(["a", "b"], [Panel("source", source), Panel("", drawn)]),
+    )
+    assert 0 < both.width - alone.width - CELL < CELL / 4
+    black = (np.array(both) == 0).all(2)
+    assert black.sum() == 2 * CELL * CELL
+    grey = (np.array(both) == 128).all(2)
+    assert grey.sum() == 4 * CELL * CELL
+
+
+@pytest.mark.parametrize("counts", [(4, 3), (3, 3), (0, 0)])
 def test_panels_that_do_not_fit_their_prompts_are_refused(counts):
-    with pytest.raises(ValueError, match="same number of pictures for each of the 2 prompts"):
+    with pytest.raises(ValueError, match="as many pictures for each of the 2 prompts"):
         grid(["a", "b"], [Panel("", pictures(count, 8)) for count in counts])
 
 

@@ -8,6 +8,7 @@ from runs import ROOT, small
 
 from mmalign.cli import main
 from mmalign.config import load_config
+from mmalign.evaluation import Shown
 
 RECIPES = sorted((ROOT / "assets/recipes").glob("*.yaml"))
 # What does not fit the group of two and the four steps of a small run.
@@ -52,6 +53,7 @@ REAL = {
     "z_image_nft",
 }
 VIDEOS = {"lab_video_g2rpo", "lab_video_grpo", "lab_video_nft"}  # on the lab's own video model
+EDITORS = {"lab_edit_consistency", "lab_edit_grpo", "lab_edit_nft"}  # on the lab's own editor
 LAUNCHERS = sorted((ROOT / "assets/accelerate").glob("*.yaml"))
 
 
@@ -117,7 +119,29 @@ def test_a_recipe_of_the_labs_video_model_runs(name, more, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem not in CAPTIONERS | REAL | VIDEOS], ids=named)
+@pytest.mark.parametrize("name", sorted(EDITORS))
+def test_a_recipe_of_the_labs_editor_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = [
+        "prompts.per_iteration=2",
+        "prompts.group=2",
+        "training.iterations=2",
+        "evaluation.prompts=2",
+    ]
+    given = [*overrides, "evaluation.steps=3", "run.tensorboard=false", f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", "--config", f"assets/recipes/{name}.yaml", *given]) == 0
+    result = json.loads((tmp_path / "run/report.json").read_text())
+    assert result["iterations"] == 2
+    assert {"change", "stay", "strict"} <= result["heldout"].keys()
+    drawn = Shown.load(tmp_path / "run/evaluation/trained.pt")
+    assert drawn.sources is not None
+    assert len(drawn.sources) == len(drawn.prompts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", [p for p in RECIPES if p.stem not in CAPTIONERS | EDITORS | REAL | VIDEOS], ids=named
+)
 def test_a_recipe_runs(path, tmp_path, monkeypatch, capsys):
     if path.stem.startswith("emoji"):
         pytest.importorskip("efficientnet_lite_pytorch")

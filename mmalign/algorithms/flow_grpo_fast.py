@@ -33,6 +33,9 @@ class FlowGRPOFast:
 
     steps: int = 10  # denoising steps in training
     width: int = 2  # stochastic steps in a row; 1 halves the cost of the update and learns slightly slower
+    # First steps that the window lies within; 0: the first half. Fewer where much is decided early, as in
+    # edits (Meta-CoT, arXiv:2604.24625)
+    within: int = 0
     share_noise: bool = True  # one initial noise per group: cheaper, but members differ by the window alone
     clip: float = 1e-5  # trust region of the ratio; made for log-probabilities that are means over the latent
     kl: float = 0.0  # pull towards the base model; raise it to keep quality and diversity, 0 saves a forward
@@ -47,14 +50,22 @@ class FlowGRPOFast:
             raise ValueError(
                 "FlowGRPOFast needs noise to learn from: noise.level must be above 0 (usual: 0.8)"
             )
-        if not 1 <= self.width <= self.steps // 2:
+        if not 0 <= self.within < self.steps:
+            raise ValueError(f"within must lie in 0..{self.steps - 1}, got {self.within}")
+        if not 1 <= self.width <= self.early:
             raise ValueError(
-                f"width must lie in 1..{self.steps // 2}, half of steps={self.steps}, got {self.width}"
+                f"width must lie in 1..{self.early}, the first steps that the window lies within, "
+                f"got {self.width}"
             )
+
+    @property
+    def early(self) -> int:
+        """The first steps that the window lies within."""
+        return self.within or self.steps // 2
 
     def build(self, weights: Mapping[str, float]) -> Algorithm:
         normalize = partial(zscore_batch if self.std == "batch" else zscore, unbiased=self.unbiased)
-        starts = range(self.steps // 2 - self.width + 1)
+        starts = range(self.early - self.width + 1)
         return Algorithm(
             plans=random_window(self.steps, self.width, starts, self.share_noise),
             credit=Credit(weights, normalize, "total_first", "whole", clip=self.advantage_clip),

@@ -72,6 +72,13 @@ def test_the_defaults_are_the_papers():
     assert (fast.objective.low, fast.objective.kl, fast.copies) == (1e-5, 0.0, {})
 
 
+@pytest.mark.parametrize(("width", "within"), [(2, 4), (1, 1), (3, 9)])
+def test_a_window_lies_within_the_first_steps_and_takes_each_of_them(width, within):
+    algorithm = FlowGRPOFast(width=width, within=within).build({"r": 1.0})
+    steps = {step for i in range(200) for step in algorithm.plans(i, 0)[0].sde_steps}
+    assert steps == set(range(within))
+
+
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match=r"noise\.level must be above 0"):
         FlowGRPO(noise=Noise("flow", 0.0))
@@ -79,6 +86,10 @@ def test_settings_that_cannot_work_are_refused():
         FlowGRPOFast(noise=Noise("cps", 0.0))
     with pytest.raises(ValueError, match=r"width must lie in 1..5"):
         FlowGRPOFast(width=6)
+    with pytest.raises(ValueError, match=r"width must lie in 1..3"):
+        FlowGRPOFast(width=4, within=3)
+    with pytest.raises(ValueError, match=r"within must lie in 0..9"):
+        FlowGRPOFast(within=10)
 
 
 @pytest.mark.parametrize(
