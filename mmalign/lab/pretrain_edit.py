@@ -240,8 +240,8 @@ def carry_out(
 
 
 def judged(pictures: Sequence[Any], sources: Sequence[Scene], edits: Sequence[Edit]) -> list[EditVerdict]:
-    """What the verifier says of edited pictures."""
+    """What the verifier says of edited pictures, of pillow or [3, 64, 64] in [0, 1]."""
     return [
-        score_edit(np.asarray(picture), source, edit)
+        score_edit(picture if isinstance(picture, Tensor) else np.asarray(picture), source, edit)
         for picture, source, edit in zip(pictures, sources, edits, strict=True)
     ]
