@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmalign.contracts import Forwards, Key, LoraSettings, PolicySettings
 from mmalign.copies import Copies
+from mmalign.pictures import open_picture
 from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
@@ -660,11 +661,7 @@ def read_picture(file: str, height: int, width: int) -> Tensor:
     """A picture file as [3, height, width] in [0, 1], its middle scaled to fill that size."""
     from PIL import Image, ImageOps
 
-    try:
-        with Image.open(file) as picture:
-            fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read as a picture: {error}") from error
+    fitted = ImageOps.fit(open_picture(file), (width, height), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8)
     return pixels.reshape(height, width, 3).permute(2, 0, 1).float() / 255
 
