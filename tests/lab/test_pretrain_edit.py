@@ -163,7 +163,7 @@ def test_plain_diffusers_edits_as_our_policy_does(policy):
         latents=pack(noise),
         output_type="pt",
     ).images
-    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)  # trained weights enlarge what rounds in two batch shapes
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)  # trained weights enlarge what is rounded
 
 
 @pytest.mark.slow
