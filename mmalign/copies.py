@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,14 @@ class Copies:
     """Frozen copies of a module's trainable parameters, by name: the reference, the old policy, an average.
 
     With LoRA a copy is as small as the adapter, and the copy taken before the first update is the base model,
-    so no second network is ever held.
+    so no second network is ever held. Of parameters that FSDP2 has sharded a copy holds the shards.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._live = [p for p in module.parameters() if p.requires_grad]
         self._saved: dict[str, list[Tensor]] = {}
+        # Parts of a sharded module that gather their parameters, and may keep them from forward to forward.
+        self._gathering: list[Any] = [part for part in module.modules() if hasattr(part, "reshard")]
 
     def __contains__(self, name: str) -> bool:
         return name in self._saved
@@ -64,14 +67,22 @@ class Copies:
         """Run with a copy's values in place of the live ones; the live values come back whatever happens."""
         if name not in self._saved:
             raise KeyError(f"there is no copy named {name!r}; there are {sorted(self._saved)}")
-        live = [p.data for p in self._live]
+        live = [p.detach().clone() if _is_sharded(p) else p.data for p in self._live]
         try:
-            for p, copy in zip(self._live, self._saved[name], strict=True):
-                p.data = copy
+            self._put(self._saved[name])
             yield
         finally:
-            for p, data in zip(self._live, live, strict=True):
-                p.data = data
+            self._put(live)
+
+    @torch.no_grad()
+    def _put(self, values: Sequence[Tensor]) -> None:
+        for p, value in zip(self._live, values, strict=True):
+            if _is_sharded(p):
+                p.to_local().copy_(value.to_local())  # type: ignore[attr-defined]  # FSDP keeps to its storage
+            else:
+                p.data = value
+        for part in self._gathering:
+            part.reshard()
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         return self._saved
@@ -84,3 +95,7 @@ class Copies:
             self._saved[name] = [
                 t.to(p.device, p.dtype).clone() for t, p in zip(tensors, self._live, strict=True)
             ]
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")

@@ -9,6 +9,7 @@ every member's loss sees the weights through that one velocity.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import OrderedDict
@@ -234,6 +235,7 @@ class FlowPolicy:
             if isinstance(adapter.network, Experts)
             else {adapter.component: adapter.network}
         )
+        self._classes = {name: type(part).__name__ for name, part in self._parts.items()}
         for name, part in self._parts.items():
             if settings.lora.rank:
                 own = "" if name == adapter.component else f"{name}."
@@ -552,7 +554,17 @@ class FlowPolicy:
     ) -> None:
         unfinished = folder / f".{component}.part"
         shutil.rmtree(unfinished, ignore_errors=True)
-        part.save_pretrained(unfinished, **({"state_dict": state} if state else {}))
+        if state is None:
+            part.save_pretrained(unfinished)
+        else:
+            part.state_dict = lambda: dict(state)  # diffusers asks for no other weights than a model's own
+            try:
+                part.save_pretrained(unfinished)
+            finally:
+                del part.state_dict
+            config = json.loads((unfinished / "config.json").read_text())
+            config["_class_name"] = self._classes[component]  # sharding has put another class in its place
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.rmtree(folder / component, ignore_errors=True)
         unfinished.rename(folder / component)
 

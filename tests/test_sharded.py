@@ -67,7 +67,7 @@ def test_a_sharded_network_learns_what_a_whole_one_does_and_goes_on_where_it_sto
     rank, stops, file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
-    own = [f"policy.lora.rank={rank}", "rewards={jpeg_compressibility: 1.0}"]
+    own = [f"policy.lora.rank={rank}", "rewards={contrast: 1.0}"]
     assert main(settings(tmp_path / "whole", *own)) == 0
     for stop in stops:
         sharded(tmp_path / "parts", *own, f"training.iterations={stop}")
@@ -88,8 +88,11 @@ def test_a_sharded_network_learns_what_a_whole_one_does_and_goes_on_where_it_sto
         moved = torch.cat([(whole[name] - before[name]).float().flatten() for name in whole]).norm()
         assert moved > 1e-3
         assert apart < 0.2 * moved
+    if rank == 0:
+        one, two = ((tmp_path / run / "checkpoints/step_000002" / file).parent for run in ("whole", "parts"))
+        assert (one / "config.json").read_text() == (two / "config.json").read_text()
     one, two = (measured(tmp_path / run) for run in ("whole", "parts"))
     assert len(one) == len(two) == 2
     for first, second in zip(one, two, strict=True):
-        for name in ("reward/jpeg_compressibility", "grad_norm", "loss", "kl", "ratio"):
+        for name in ("reward/contrast", "grad_norm", "loss", "kl", "ratio"):
             assert second[name] == pytest.approx(first[name], rel=2e-3, abs=1e-7), name

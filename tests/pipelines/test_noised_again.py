@@ -1,5 +1,7 @@
 """Samples that are noised again, and samples that are given: what the policy makes of them."""
 
+import zipfile
+
 import pytest
 import torch
 from pairs import write
@@ -124,6 +126,9 @@ def test_a_picture_is_cropped_in_its_middle_and_scaled(tmp_path):
     assert found.shape == (3, 16, 16)
     inside = found[:, :, 2:-2]  # the filter blurs the outer edge
     assert_close(inside, torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand_as(inside))
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        archive.write(tmp_path / "wide.png", "inside/wide.png")
+    assert torch.equal(read_picture(str(tmp_path / "some.zip/inside/wide.png"), 16, 16), found)
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"no\.png cannot be read as a picture"):
         read_picture(str(tmp_path / "no.png"), 16, 16)
