@@ -26,6 +26,11 @@ class Distributed:
         from accelerate import Accelerator
 
         self._accelerator: Any = Accelerator(cpu=device == "cpu", mixed_precision="no")
+        if self.kind == "deepspeed" and self._accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed ZeRO-3 leaves nothing of a parameter in its place, so that frozen copies (KL, old "
+                "policy, average) cannot be kept: launch with assets/accelerate/fsdp2.yaml, it shards as much"
+            )
 
     @property
     def rank(self) -> int:
@@ -60,6 +65,11 @@ class Distributed:
         self, module: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Both as the launcher wants them; the module may come back wrapped."""
+        if self.kind == "deepspeed":
+            # It asks for a batch size, of which nothing depends here: samples are dealt out by the trainer.
+            config = self._accelerator.state.deepspeed_plugin.deepspeed_config
+            if config.get("train_micro_batch_size_per_gpu", "auto") == "auto":
+                config["train_micro_batch_size_per_gpu"] = 1
         module, optimizer = self._accelerator.prepare(module, optimizer)
         if isinstance(module, DistributedDataParallel):
             # A frozen network's buffers do not change, and ranks need not make equally many forwards.

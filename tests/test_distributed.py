@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
@@ -21,6 +23,36 @@ def test_alone_a_process_is_the_main_one_and_gathers_itself():
     assert alone.any(True)
     assert not alone.any(False)
     alone.barrier()
+
+
+class DeepSpeed:
+    """What of an accelerator under DeepSpeed is looked at."""
+
+    def __init__(self, stage: int) -> None:
+        self.distributed_type = SimpleNamespace(value="DEEPSPEED")
+        config = {"train_micro_batch_size_per_gpu": "auto"}
+        self.state = SimpleNamespace(
+            deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config=config)
+        )
+
+    def prepare(self, *parts: object) -> tuple[object, ...]:
+        assert self.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 1
+        return parts
+
+
+def test_deepspeed_is_told_the_batch_size_that_it_insists_on(monkeypatch):
+    """Its 0.19.8, not installed here, then gives the numbers of one process with two by ZeRO-2."""
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: DeepSpeed(2))
+    model = nn.Linear(3, 1)
+    found = Distributed("cpu")
+    assert found.sharded
+    assert found.prepare(model, torch.optim.AdamW(model.parameters()))[0] is model
+
+
+def test_what_leaves_no_parameter_in_its_place_is_refused(monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: DeepSpeed(3))
+    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO-3 .* launch with assets/accelerate/fsdp2\.yaml"):
+        Distributed("cpu")
 
 
 def test_a_loss_in_parts_has_the_gradient_of_the_whole():
