@@ -30,6 +30,8 @@ ADAPTERS = {
     "Flux2Pipeline": "mmalign.pipelines.flux2:Flux2",
     "LTXPipeline": "mmalign.pipelines.ltx:LTX",
     "Lumina2Pipeline": "mmalign.pipelines.lumina2:Lumina2",
+    "PixArtAlphaPipeline": "mmalign.pipelines.pixart:PixArtAlpha",
+    "PixArtSigmaPipeline": "mmalign.pipelines.pixart:PixArtSigma",
     "QwenImageEditPipeline": "mmalign.pipelines.qwen_image:QwenImageEdit",
     "QwenImageEditPlusPipeline": "mmalign.pipelines.qwen_image:QwenImageEditPlus",
     "QwenImagePipeline": "mmalign.pipelines.qwen_image:QwenImage",

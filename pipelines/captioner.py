@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mmalign.contracts import Forwards, Key, PolicySettings, RolloutError, TextSettings
 from mmalign.copies import Copies
 from mmalign.pictures import Clip, asked, in_message, open_picture
-from mmalign.pipelines.flow import add_lora, take
+from mmalign.pipelines.flow import ADAPTER_FILE, PEFT_PREFIX, add_lora, take, write_adapter
 from mmalign.pipelines.rollout_server import Request, RolloutServer
 from mmalign.pipelines.videos import open_video
 from mmalign.randomness import generator, seed_of
@@ -44,7 +44,6 @@ from mmalign.records import (
 )
 
 Inputs = Mapping[str, Tensor]  # what a model reads of one picture and prompt, without a batch dimension
-ADAPTER_FILE = "adapter_model.safetensors"
 WEIGHTS = "model"  # folder of the weights where all of them are trained
 
 
@@ -452,20 +451,8 @@ class CaptionPolicy:
             self._network.save_pretrained(folder / WEIGHTS, state_dict=whole)
             self.adapter.processor.save_pretrained(folder / WEIGHTS)  # so that it is a captioner of its own
             return
-        from peft import LoraConfig
-        from safetensors.torch import save_file
-
-        lora = self.settings.lora
-        targets = list(lora.targets or self.adapter.lora_targets)
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=targets,
-            base_model_name_or_path=self.settings.model,
-            inference_mode=True,
-        ).save_pretrained(str(folder))
-        layers = {saved_name(n): t.detach().cpu().contiguous() for n, t in whole.items() if ".lora_" in n}
-        save_file(layers, folder / ADAPTER_FILE, {"format": "pt"})
+        layers = {name.replace(".default.", "."): t for name, t in whole.items() if ".lora_" in name}
+        write_adapter(folder, self.settings, self.settings.lora.targets or self.adapter.lora_targets, layers)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -488,7 +475,7 @@ class CaptionPolicy:
 
 def saved_name(name: str) -> str:
     """What peft calls a weight of an adapter in its files."""
-    return f"base_model.model.{name.replace('.default.', '.')}"
+    return PEFT_PREFIX + name.replace(".default.", ".")
 
 
 def draw(log_p: Tensor, chance: Tensor, top_p: float = 1.0) -> Tensor:

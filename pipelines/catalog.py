@@ -23,6 +23,13 @@ MODELS = {
     "Lumina2Pipeline": ("Lumina-Image 2.0", "text to image", "guidance keeps the norm of each row of places"),
     "AuraFlowPipeline": ("AuraFlow", "text to image", ""),
     "SanaPipeline": ("Sana", "text to image", "instructions before the prompt; any size"),
+    "PixArtAlphaPipeline": (
+        "PixArt-alpha",
+        "text to image",
+        "predicts noise; sampled by DDIM; its LoRA is for peft: "
+        "`PeftModel.from_pretrained(pipe.transformer, folder)`",
+    ),
+    "PixArtSigmaPipeline": ("PixArt-Sigma", "text to image", "as PixArt-alpha"),
     "CogView4Pipeline": ("CogView4", "text to image", "its network is told the time before the shift"),
     "HiDreamImagePipeline": ("HiDream-I1", "text to image", "a mixture of experts; any size"),
     "WanPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "text to video", "both experts are trained"),
@@ -52,7 +59,6 @@ RECIPES = {
 
 # Families that people ask for and that cannot be trained here yet, and why.
 ABSENT = {
-    "PixArt-Sigma": "its denoiser in diffusers takes no adapters, so no LoRA could be loaded there",
     "LTX-2": "no adapter yet; it draws sound with the video, in two latents",
 }
 

@@ -51,6 +51,8 @@ Condition = Mapping[str, Tensor]  # what the network sees of a text
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"  # of peft
+PEFT_PREFIX = "base_model.model."  # of the names in it
 DECODED_PLACES = 2**14  # of latents decoded at once: four images of 512x512 keep a device busy and fit
 CLEAN = 0.05  # the most sigma at which a schedule may end; diffusion models were never shown less than 0.03
 
@@ -327,13 +329,16 @@ class FlowPolicy:
                 "evaluation.tuned below 1 needs the base model, which policy.lora.rank=0 (all weights are "
                 "trained) does not keep"
             )
-        for part in self._parts.values():
-            part.disable_adapters()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [part for part in self._network.modules() if isinstance(part, BaseTunerLayer)]
         try:
+            for layer in layers:
+                layer.enable_adapters(False)
             yield
         finally:
-            for part in self._parts.values():
-                part.enable_adapters()
+            for layer in layers:
+                layer.enable_adapters(True)
 
     def _schedule(self, steps: int) -> Tensor:
         if steps not in self._schedules:
@@ -576,6 +581,9 @@ class FlowPolicy:
         pipeline = type(self.adapter.pipeline)
         writer = pipeline if hasattr(pipeline, "save_lora_weights") else SD3LoraLoaderMixin
         layers = get_peft_model_state_dict(part, state_dict=dict(state) if state else None)
+        if not takes_adapters(part):
+            write_adapter(folder, self.settings, part.peft_config["default"].target_modules, layers)
+            return
         file, kind = lora_file(component), self.adapter.component
         named: dict[str, Any] = {
             f"{kind}_lora_layers": {name: t.detach().cpu().contiguous() for name, t in layers.items()},
@@ -595,10 +603,11 @@ class FlowPolicy:
 
         live = part.state_dict()
         if self.settings.lora.rank:
-            lora = {name: p for name, p in live.items() if ".lora_" in name}
-            kind = self.adapter.component
-            live = {f"{kind}." + name.replace(".default.", "."): p for name, p in lora.items()}
-            files = [folder / lora_file(component)]
+            lora = {name.replace(".default.", "."): p for name, p in live.items() if ".lora_" in name}
+            own = takes_adapters(part)
+            prefix = f"{self.adapter.component}." if own else PEFT_PREFIX
+            live = {prefix + name: p for name, p in lora.items()}
+            files = [folder / (lora_file(component) if own else ADAPTER_FILE)]
         else:
             files = sorted((folder / component).glob("*.safetensors")) or [folder / component]
         if not files[0].is_file():
@@ -639,16 +648,22 @@ def sources_of(text: str, extra: Mapping[str, object], needed: bool) -> tuple[st
     return tuple(files)
 
 
+def takes_adapters(network: object) -> bool:
+    """Whether it is a model of diffusers that loads adapters by itself."""
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    return isinstance(network, PeftAdapterMixin)
+
+
 def add_lora(
     network: Any, settings: LoraSettings, targets: Sequence[str], seed: int, prefix: str = ""
 ) -> None:
     """Put fp32 adapters on the layers whose names end with one of `targets`; at first they change nothing.
 
-    network: a model of diffusers, whose own adapters they become, or any other module. Weights are Gaussian
-    as in the literature (A ~ N(0, 1 / rank^2), B = 0), from streams named by the layer, so that they are the
-    same on every rank and device and at every precision. prefix: of those names.
+    network: a model of diffusers that takes adapters, whose own they become, or any other module. Weights are
+    Gaussian as in the literature (A ~ N(0, 1 / rank^2), B = 0), from streams named by the layer, so that they
+    are the same on every rank and device and at every precision. prefix: of those names.
     """
-    from diffusers import ModelMixin
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
@@ -656,7 +671,7 @@ def add_lora(
     )
     with torch.random.fork_rng(devices=[]):
         try:
-            if isinstance(network, ModelMixin):
+            if takes_adapters(network):
                 network.add_adapter(config)
             else:
                 inject_adapter_in_model(config, network)
@@ -667,6 +682,27 @@ def add_lora(
             p.data = p.data.float()
             if ".lora_A." in name:
                 p.data.copy_(normals([generator(seed, "lora", prefix + name)], p.shape)[0] / settings.rank)
+
+
+def write_adapter(
+    folder: Path, settings: PolicySettings, targets: Sequence[str], layers: Mapping[str, Tensor]
+) -> None:
+    """Write a LoRA as `peft.PeftModel.from_pretrained(network, folder)` reads it.
+
+    layers: its weights by their names in the network, without that of the adapter.
+    """
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    LoraConfig(
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha,
+        target_modules=sorted(targets),
+        base_model_name_or_path=settings.model,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    named = {PEFT_PREFIX + name: t.detach().cpu().contiguous() for name, t in layers.items()}
+    save_file(named, folder / ADAPTER_FILE, {"format": "pt"})
 
 
 def read_picture(file: str, height: int, width: int) -> Tensor:

@@ -26,7 +26,7 @@ class Row:
     pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time. own_picture: it
     takes a picture for each prompt, and else the same for all. negative: it takes a negative prompt.
     true_guidance: it has another than what the network is told. takes_length: it takes a
-    max_sequence_length. loads_lora: it can load a LoRA, and not just its denoiser.
+    max_sequence_length. loads_lora: it can load a LoRA, and not just its denoiser. peft_lora: neither can.
     prepare: what is set in the plain pipeline before a call.
     """
 
@@ -43,10 +43,16 @@ class Row:
     true_guidance: bool = True
     takes_length: bool = True
     loads_lora: bool = True
+    peft_lora: bool = False
     prepare: Callable[[Any, PolicySettings], None] = lambda pipeline, settings: None
 
     def load_lora(self, pipeline: Any, folder: Path) -> None:
-        """As a user of plain diffusers does it."""
+        """As a user of plain diffusers does it, or of peft where diffusers cannot."""
+        if self.peft_lora:
+            from peft import PeftModel
+
+            pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, folder)
+            return
         if self.loads_lora:
             pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
             second = "pytorch_lora_weights_2.safetensors"
@@ -57,6 +63,9 @@ class Row:
             pipeline.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=file)
 
     def unload_lora(self, pipeline: Any) -> None:
+        if self.peft_lora:
+            pipeline.transformer = pipeline.transformer.unload()
+            return
         for name in ("transformer", "transformer_2"):
             if (network := getattr(pipeline, name, None)) is not None:
                 network.unload_lora()
@@ -714,6 +723,41 @@ def cogview4() -> Any:
 # ---- CogVideoX, HiDream
 
 
+# ---- PixArt
+
+
+def pixart(kind: str = "PixArtSigmaPipeline", **given: Any) -> Any:
+    import diffusers
+
+    tokens = _t5_tokenizer()
+    return getattr(diffusers, kind)(
+        transformer=diffusers.PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=24,
+            in_channels=4,
+            out_channels=8,  # noise, and a variance that was learned
+            num_layers=2,
+            cross_attention_dim=48,
+            caption_channels=32,
+            **{"sample_size": 16, "use_additional_conditions": False} | given,
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading"),
+        vae=image_vae(shift_factor=None),
+        text_encoder=t5(tokens),
+        tokenizer=tokens,
+    )
+
+
+def call_pixart(settings: PolicySettings) -> dict[str, Any]:
+    return {"guidance_scale": settings.guidance, "use_resolution_binning": False, "clean_caption": False}
+
+
+def by_ddim(pipeline: Any, settings: PolicySettings) -> None:
+    from diffusers import DDIMScheduler
+
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+
+
 def cogvideo(**given: Any) -> Any:
     from diffusers import (
         AutoencoderKLCogVideoX,
@@ -833,6 +877,13 @@ FAMILIES = {
     "WanImageToVideoPipeline A14B": Row(
         lambda: wan("WanImageToVideoPipeline", 6, experts=True), call_scale, frames=5, sources=1
     ),
+    "PixArtAlphaPipeline": Row(
+        lambda: pixart("PixArtAlphaPipeline", sample_size=128, use_additional_conditions=True),
+        call_pixart,
+        peft_lora=True,
+        prepare=by_ddim,
+    ),
+    "PixArtSigmaPipeline": Row(pixart, call_pixart, peft_lora=True, prepare=by_ddim),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
     "Lumina2Pipeline": Row(lumina2, call_scale, {"max_sequence_length": 200}),
     "AuraFlowPipeline": Row(aura_flow, call_scale),
