@@ -19,6 +19,7 @@ from mmalign.sde import Noise
 ADAPTERS = {
     "AuraFlowPipeline": "mmalign.pipelines.aura_flow:AuraFlow",
     "ChromaPipeline": "mmalign.pipelines.flux:Chroma",
+    "CogVideoXImageToVideoPipeline": "mmalign.pipelines.cogvideo:CogVideoXImageToVideo",
     "CogVideoXPipeline": "mmalign.pipelines.cogvideo:CogVideoX",
     "CogView4Pipeline": "mmalign.pipelines.cogview4:CogView4",
     "FluxKontextPipeline": "mmalign.pipelines.flux:FluxKontext",

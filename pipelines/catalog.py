@@ -36,6 +36,7 @@ MODELS = {
     "WanImageToVideoPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "image to video", "one source picture"),
     "LTXPipeline": ("LTX-Video", "text to video", "clean latents are decoded"),
     "CogVideoXPipeline": ("CogVideoX, 1.5", "text to video", "predicts v; sampled by DDIM"),
+    "CogVideoXImageToVideoPipeline": ("CogVideoX, 1.5", "image to video", "one source picture"),
     "HunyuanVideoPipeline": ("HunyuanVideo", "text to video", "embedded and true guidance"),
     "HunyuanVideo15Pipeline": (
         "HunyuanVideo 1.5",

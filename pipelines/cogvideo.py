@@ -1,4 +1,4 @@
-"""CogVideoX and CogVideoX 1.5, text to video: diffusion models of v, sampled as `pipelines/sd.py` says."""
+"""CogVideoX and 1.5, text or image to video: diffusion models of v, sampled as `pipelines/sd.py` says."""
 
 from __future__ import annotations
 
@@ -64,13 +64,22 @@ class CogVideoX(Diffusion, VideoFamily):
                 high * self.scale, wide * self.scale, frames, y.device
             )
         predicted: Tensor = network(
-            hidden_states=y.transpose(1, 2).to(condition["embeds"].dtype),
+            hidden_states=self.shown(y, condition).transpose(1, 2).to(condition["embeds"].dtype),
             encoder_hidden_states=condition["embeds"],
             timestep=t,
             image_rotary_emb=places,
             return_dict=False,
+            **self.told_besides(y),
         )[0]
         return predicted.transpose(1, 2)
+
+    def shown(self, y: Tensor, condition: Condition) -> Tensor:
+        """The channels that the network sees, [n, C, F, h, w]."""
+        return y
+
+    def told_besides(self, y: Tensor) -> dict[str, Tensor]:
+        """What the network is told beside text and time."""
+        return {}
 
     def from_vae(self, raw: Tensor) -> Tensor:
         """With the first frame as often as the network needs it besides."""
@@ -79,3 +88,37 @@ class CogVideoX(Diffusion, VideoFamily):
 
     def to_vae(self, latents: Tensor) -> Tensor:
         return super().to_vae(latents[:, :, self.extra :] * self._end.sqrt().to(latents.device))
+
+
+class CogVideoXImageToVideo(CogVideoX):
+    """Adapter of `CogVideoXImageToVideoPipeline`: a video that begins with the prompt's picture.
+
+    The network sees the picture's latent as further channels of the first frame. It is the mean of the
+    encoder, where the pipeline draws from its distribution.
+    """
+
+    kind = "CogVideoXImageToVideoPipeline"
+    needs_pictures = True
+
+    @property
+    def channels(self) -> int:
+        return int(self.config.in_channels) // 2
+
+    def encode_with(self, text: str, pictures: Tensor) -> Condition:
+        if len(pictures) > 1:
+            raise ValueError(
+                f"a video of CogVideoX begins with one picture, got {len(pictures)} for {text!r}"
+            )
+        vae = self.pipeline.vae
+        raw = vae.encode(pictures[:, :, None] * 2 - 1).latent_dist.mode()[0]
+        scale = vae.config.scaling_factor
+        picture = raw / scale if vae.config.invert_scale_latents else raw * scale
+        later = (self.frames - 1) // self.temporal + self.extra
+        nothing = picture.new_zeros(len(picture), later, *picture.shape[2:])
+        return {**self.encode(text), "first": torch.cat([picture, nothing], 1)}
+
+    def shown(self, y: Tensor, condition: Condition) -> Tensor:
+        return torch.cat([y, condition["first"].to(y.dtype)], 1)
+
+    def told_besides(self, y: Tensor) -> dict[str, Tensor]:
+        return {} if self.config.ofs_embed_dim is None else {"ofs": y.new_full((1,), 2.0)}
