@@ -31,7 +31,11 @@ MODELS = {
     ),
     "PixArtSigmaPipeline": ("PixArt-Sigma", "text to image", "as PixArt-alpha"),
     "CogView4Pipeline": ("CogView4", "text to image", "its network is told the time before the shift"),
-    "HiDreamImagePipeline": ("HiDream-I1", "text to image", "a mixture of experts; any size"),
+    "HiDreamImagePipeline": (
+        "HiDream-I1",
+        "text to image",
+        "a mixture of experts; any size; Dev and Fast step as `noise: {kind: cps, level: 1}`",
+    ),
     "WanPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "text to video", "both experts are trained"),
     "WanImageToVideoPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "image to video", "one source picture"),
     "LTXPipeline": ("LTX-Video", "text to video", "clean latents are decoded"),

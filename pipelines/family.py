@@ -291,22 +291,27 @@ def other_vae(settings: PolicySettings, index: Mapping[str, Any]) -> dict[str, A
 
 def check_schedule(scheduler: Any) -> None:
     """ValueError where a scheduler has no schedule of a flow."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    flows = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.get("use_flow_sigmas")
-    if not flows:
+    if not isinstance(scheduler, flow_schedulers()) and not scheduler.config.get("use_flow_sigmas"):
         raise ValueError(
             f"its scheduler is {type(scheduler).__name__}, but stochastic steps are defined on the schedule "
             "of FlowMatchEulerDiscreteScheduler, or of another with use_flow_sigmas"
         )
 
 
+def flow_schedulers() -> tuple[type, ...]:
+    """Schedulers that are told the shift.
+
+    The steps of LCM, for models that were distilled to few of them, are those of `Noise("cps", 1.0)`.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+    return FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+
 def schedule(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Tensor:
     """The sigmas [steps + 1] of a scheduler; sigmas: what it begins with, None leaves that to it."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
     scheduler = copy.deepcopy(scheduler)
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if not isinstance(scheduler, flow_schedulers()):
         scheduler.set_timesteps(steps)
     elif sigmas is None:
         scheduler.set_timesteps(steps, mu=mu)

@@ -20,7 +20,7 @@ from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import ADAPTERS, catalog, load
 from mmalign.records import Plan, Renoise, RewardSignal
-from mmalign.sde import Noise
+from mmalign.sde import Noise, transition
 from mmalign.testing import prompts_of
 
 KEY = (0, "test")
@@ -216,6 +216,27 @@ def test_a_multistep_solver_gives_way_to_euler_steps_on_its_sigmas(world):
     policy.adapter.pipeline.scheduler = own
     own.set_timesteps(4)
     assert_close(policy.adapter.sigmas(4, policy.shape), torch.as_tensor(own.sigmas).float())
+
+
+def test_the_steps_of_distilled_models_are_those_of_cps_at_full_noise(world):
+    """HiDream-I1-Dev and Fast come with an LCM scheduler: it draws all of the noise anew."""
+    from diffusers import FlowMatchLCMScheduler
+
+    policy = policy_of(world, "HiDreamImagePipeline")
+    own = FlowMatchLCMScheduler(shift=6.0)
+    policy.adapter.pipeline.scheduler = own
+    own.set_timesteps(4)
+    sigmas = policy.adapter.sigmas(4, policy.shape)
+    assert_close(sigmas, own.sigmas)
+    x, velocity = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step in range(3):
+        moved = transition(x, velocity, sigmas[step], sigmas[step + 1], Noise("cps", 1.0), sigmas[1])
+        drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(step))
+        theirs = own.step(
+            velocity, own.timesteps[step], x, generator=torch.Generator().manual_seed(step), return_dict=False
+        )[0]
+        assert_close(moved.mean + moved.std * drawn, theirs, atol=1e-6, rtol=1e-5)
+        x = theirs
 
 
 @pytest.mark.parametrize(
