@@ -354,9 +354,15 @@ class Credit:
         names: Tensor = torch.unique(torch.stack([peers.group, start], 1), dim=0, return_inverse=True)[1]
         return names
 
+    def compared(
+        self, values: Tensor, valid: Tensor, trajectory: Trajectory, peers: Peers, aligned: bool
+    ) -> Tensor:
+        """How good each unit is, [N, U]; values, valid: of the samples of all ranks."""
+        return self.normalize(values, valid, self._compared(trajectory, peers), aligned)
+
     def _spread(self, signal: RewardSignal, trajectory: Trajectory, locate: Locate, peers: Peers) -> Tensor:
         values, valid = peers.all(signal.values.cpu().double()), peers.all(_valid(signal).long()).bool()
-        units = self.normalize(values, valid, self._compared(trajectory, peers), signal.unit.aligned)
+        units = self.compared(values, valid, trajectory, peers, signal.unit.aligned)
         units = units[peers.mine, : signal.values.shape[1]]  # [B, U]
         if self.reach == "whole" or isinstance(signal.where, Whole):
             footprint = units.new_ones(1, 1, 1, *[1] * (trajectory.log_prob.ndim - 2))

@@ -298,7 +298,7 @@ def check_schedule(scheduler: Any) -> None:
         )
 
 
-def flow_schedulers() -> tuple[type, ...]:
+def flow_schedulers() -> tuple[Any, ...]:
     """Schedulers that are told the shift.
 
     The steps of LCM, for models that were distilled to few of them, are those of `Noise("cps", 1.0)`.

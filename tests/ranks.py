@@ -118,6 +118,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "groups": 4,
         "members": 4,
     },
+    "compared with past rewards": {
+        "algorithm": DDPO(steps=4, clip=None, buffer=6, least=4),
+        "groups": 3,
+        "members": 2,
+        "updates": 1,
+        "reward": Patchy(),
+    },
     "best of n, a part of the steps": {"algorithm": DANCE, "groups": 3, "members": 6, "updates": 1},
     "a moving window, second order after it": {"algorithm": MIX, "groups": 3, "members": 4, "updates": 1},
     "guarded ratios": {"algorithm": GUARD, "groups": 3, "members": 4, "updates": 3},

@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 from toys import Notes, Redness, ToyFlow, source
 
-from mmalign.algorithms.ddpo import DDPO
-from mmalign.credit import center, zscore
+from mmalign.algorithms.ddpo import DDPO, PastRewards
+from mmalign.credit import center, leave_one_out, zscore
 from mmalign.learning import Credited
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
@@ -50,6 +50,86 @@ def test_the_defaults_are_the_papers():
     assert found.noise == Noise("ddim", 1.0)
     assert (found.credit.normalize, found.credit.clip) == (zscore, 5.0)
     assert DDPO(kl=0.1).build({"r": 1.0}).copies == {"reference": 1.0}
+
+
+# ---- the buffer
+
+
+def test_a_prompt_is_compared_with_the_batch_until_it_has_enough_and_drops_what_is_old():
+    past, everyone = PastRewards(size=4, least=3), torch.ones(4, dtype=torch.bool)
+    prompt = torch.tensor([1, 1, 2, 2])
+    first = torch.tensor([1.0, 3.0, 5.0, 7.0])
+    whole = (first.double() - 4) / (5**0.5 + 1e-4)
+    assert_close(past.compare(first, everyone, prompt), whole)
+    # Two more of prompt 1 make four; prompt 2 has two, and is compared with the batch of now.
+    second = torch.tensor([5.0, 7.0, 0.0, 0.0])
+    valid = torch.tensor([True, True, False, False])
+    own = torch.tensor([1.0, 3.0, 5.0, 7.0]).double()
+    found = past.compare(second, valid, prompt)
+    assert_close(found[:2], (second[:2].double() - own.mean()) / (own.std(correction=0) + 1e-4))
+    assert found[2:].tolist() == [0, 0]
+    assert past.rewards == {1: [1.0, 3.0, 5.0, 7.0], 2: [5.0, 7.0]}
+    past.compare(torch.tensor([9.0]), torch.tensor([True]), torch.tensor([1]))
+    assert past.rewards[1] == [3.0, 5.0, 7.0, 9.0]
+
+
+def test_equal_rewards_have_no_advantage():
+    past = PastRewards(4, 2)
+    found = past.compare(torch.full((3,), 0.1), torch.ones(3, dtype=torch.bool), torch.zeros(3).long())
+    assert found.tolist() == [0, 0, 0]
+
+
+def test_one_sample_of_a_prompt_is_enough_with_a_buffer():
+    method = DDPO(steps=T, clip=None, buffer=3, least=2)  # of 8 prompts 4 in an iteration
+    notes = Notes()
+    found = Trainer(
+        ToyFlow(method.noise),
+        method.build({"redness": 1.0}),
+        Scorer([Redness()]),
+        source(4, 1),
+        TrainingSettings(iterations=6, learning_rate=1e-2, batch=1000, updates=1),
+        tracker=notes,  # type: ignore[arg-type]
+    )
+    found.run()
+    shares = [metrics["buffer/full_share"] for metrics in notes.metrics.values()]
+    assert shares == [0, 0, 0.5, 1, 1, 1]
+    past = found.algorithm.memory.rewards
+    assert sorted(map(len, past.values())) == [3] * 8
+    with pytest.raises(ValueError, match="a group of one has nobody to be compared with"):
+        Trainer(
+            ToyFlow(method.noise),
+            DDPO(steps=T).build({"redness": 1.0}),
+            Scorer([Redness()]),
+            source(4, 1),
+            TrainingSettings(updates=1),
+        )
+
+
+def test_a_buffer_that_is_never_full_is_refused():
+    with pytest.raises(ValueError, match=r"least must lie in 2\.\.8"):
+        DDPO(buffer=8)
+
+
+def test_a_baseline_lowers_the_variance_and_not_the_mean_of_the_gradient():
+    """A bandit of two arms with a softmax policy: REINFORCE with the mean of the rewards and without."""
+    draw = torch.Generator().manual_seed(0)
+    logit, values = torch.zeros(2, dtype=torch.float64), torch.tensor([10.0, 11.0]).double()
+    chance = logit.softmax(0)
+    arms = torch.multinomial(chance.expand(20_000, -1), 16, replacement=True, generator=draw)
+    score = torch.nn.functional.one_hot(arms, 2).double() - chance  # the gradient of log p by the logits
+    rewards = values[arms]
+    others = (rewards.sum(1, keepdim=True) - rewards) / 15  # a baseline that does not know its own sample
+    plain = (score * rewards[..., None]).mean(1)
+    based = (score * (rewards - others)[..., None]).mean(1)
+    truth = chance * (values - (chance * values).sum())
+    for found in (plain, based):
+        error = found.std(0) / len(found) ** 0.5
+        assert ((found.mean(0) - truth).abs() < 4 * error).all()
+    assert (based.var(0) < 0.05 * plain.var(0)).all()
+    rows = rewards[:500].reshape(-1, 1)
+    group = torch.arange(500).repeat_interleave(16)
+    ours = leave_one_out(rows, torch.ones_like(rows, dtype=torch.bool), group, True)
+    assert_close(ours.reshape(500, 16), (rewards - others)[:500])
 
 
 def gradients_of(method: DDPO) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ from training import trainer
 
 from mmalign.algorithms.awm import AWM
 from mmalign.algorithms.crd import CRD
+from mmalign.algorithms.ddpo import DDPO
 from mmalign.algorithms.dgpo import DGPO
 from mmalign.algorithms.diffusion_dpo import DiffusionDPO
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
@@ -14,6 +15,7 @@ from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance
 from mmalign.copies import Ramp
 from mmalign.records import Renoise
+from mmalign.sde import Noise
 
 TWO, ALIKE = Renoise(2), Renoise(2, shared=True)
 SLOW = Ramp(0.2, 0.1, 0.9)
@@ -21,6 +23,7 @@ METHODS = [
     AWM(steps=3, renoise=TWO, ema=SLOW),
     AWM(steps=3, renoise=TWO, ratio="sample"),
     CRD(steps=3, renoise=TWO, kl_guidance=None, old=SLOW, sampler=Ramp(0.0, 0.5, 0.9, wait=1)),
+    DDPO(steps=3, clip=None, buffer=6, least=5, noise=Noise("flow", 0.7)),
     DGPO(steps=3, renoise=ALIKE, average=SLOW, live_until=2),
     DiffusionDPO(steps=3, renoise=ALIKE, refresh=2),
     DiffusionNFT(steps=3, renoise=TWO, old=SLOW),
