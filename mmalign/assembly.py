@@ -271,7 +271,10 @@ def composed(algorithm: Algorithm, composer: Composer) -> Algorithm:
         )
     if algorithm.credit.total is not None and (composer.rule or composer.combine):
         raise ConfigError("this algorithm adds its rewards up in a way of its own: it takes no composition")
-    changed = replace(algorithm, credit=composer.credit(algorithm.credit))
+    try:
+        changed = replace(algorithm, credit=composer.credit(algorithm.credit))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return changed if composer.update is None else replace(changed, update=composer.update)
 
 

@@ -23,10 +23,10 @@ prompt, is the mean of the group or of the buffer.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor
 from mmalign.credit import Credit, Peers, zscore
 from mmalign.objectives import REFERENCE, ClippedRatio
 from mmalign.plans import every_step
+from mmalign.randomness import seed_of
 from mmalign.records import RewardSignal, Trajectory
 from mmalign.sde import Noise
 from mmalign.trainer import Algorithm
@@ -59,6 +60,11 @@ class DDPO:
         if self.buffer and not 2 <= self.least <= self.buffer:
             raise ValueError(f"least must lie in 2..{self.buffer}, the size of the buffer, got {self.least}")
 
+    @property
+    def alone(self) -> bool:
+        """Whether prompts.group may be 1: past samples of the prompt stand in for its group."""
+        return self.buffer > 0
+
     def build(self, weights: Mapping[str, float]) -> Algorithm:
         clip = math.inf if self.clip is None else self.clip
         credit = Credit(weights, zscore, "total_first", "whole", clip=self.advantage_clip)
@@ -74,13 +80,13 @@ class DDPO:
             objective=ClippedRatio(clip, clip, self.kl),
             noise=self.noise,
             copies={REFERENCE: 1.0} if self.kl else {},
-            alone=self.buffer > 0,
+            alone=self.alone,
             memory=memory,
         )
 
 
 class PastRewards:
-    """The latest rewards of each prompt, by a number of its text."""
+    """The latest rewards of each prompt, by a number of its line."""
 
     def __init__(self, size: int, least: int) -> None:
         self.size, self.least = size, least
@@ -123,10 +129,18 @@ class Remembered(Credit):
 
     past: PastRewards = field(kw_only=True)
 
+    def __post_init__(self) -> None:
+        if self.combine != "total_first":
+            raise ValueError(
+                "algorithm.buffer remembers one reward a sample, so that rewards cannot be kept apart: take "
+                "a composition that adds them up first, or buffer: 0"
+            )
+
     def compared(
         self, values: Tensor, valid: Tensor, trajectory: Trajectory, peers: Peers, aligned: bool
     ) -> Tensor:
-        texts = trajectory.outcome.prompts.text
-        names = {text: int.from_bytes(sha256(text.encode()).digest()[:7]) for text in set(texts)}
-        prompt = peers.all(torch.tensor([names[text] for text in texts], dtype=torch.int64))
+        prompts = trajectory.outcome.prompts
+        lines = zip(prompts.text, prompts.extra, strict=True)
+        numbers = [seed_of(text, json.dumps(extra, sort_keys=True, default=str)) for text, extra in lines]
+        prompt = peers.all(torch.tensor(numbers, dtype=torch.int64))
         return self.past.compare(values[:, 0], valid[:, 0], prompt)[:, None]

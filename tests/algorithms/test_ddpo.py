@@ -7,12 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from torch.testing import assert_close
-from toys import Notes, Redness, ToyFlow, source
+from toys import Notes, Redness, ToyFlow, names, source
 
 from mmalign.algorithms.ddpo import DDPO, PastRewards
+from mmalign.assembly import composed
+from mmalign.compositions import GDPO, WeightedSum
+from mmalign.config import ConfigError, validate
 from mmalign.credit import center, leave_one_out, zscore
 from mmalign.learning import Credited
+from mmalign.plans import every_step
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
 from mmalign.trainer import Trainer, TrainingSettings
@@ -103,6 +108,32 @@ def test_one_sample_of_a_prompt_is_enough_with_a_buffer():
             source(4, 1),
             TrainingSettings(updates=1),
         )
+
+
+def test_a_prompt_is_told_from_others_by_its_whole_line():
+    """Two edits may have the same words and other pictures."""
+    credit, policy = DDPO(steps=T, buffer=4, least=2).build({"redness": 1.0}).credit, ToyFlow()
+    for picture in ("a", "b", "a"):
+        prompts = replace(names(1, 2), extra=[{"source": picture}] * 2)
+        trajectory = policy.sample(prompts, every_step(T)(0, 0)[0], (0, "test"))
+        credit([Redness()(trajectory.outcome)], trajectory, policy.locate)
+    assert sorted(map(len, credit.past.rewards.values())) == [2, 4]
+
+
+def test_a_recipe_with_a_buffer_may_draw_one_sample_of_a_prompt():
+    config = (
+        "{policy: {model: m}, prompts: {file: p.txt, group: 1}, rewards: {lab: 1}, algorithm: {name: ddpo%s}}"
+    )
+    assert validate(yaml.safe_load(config % ", buffer: 32"), "run.yaml").prompts.group == 1
+    with pytest.raises(ConfigError, match=r"prompts\.group must be at least 2"):
+        validate(yaml.safe_load(config % ""), "run.yaml")
+
+
+def test_a_buffer_holds_one_reward_of_a_sample():
+    algorithm = DDPO(buffer=32).build({"redness": 1.0})
+    with pytest.raises(ConfigError, match=r"algorithm\.buffer remembers one reward a sample"):
+        composed(algorithm, GDPO().build({"redness": {0: 1.0}}))
+    assert composed(algorithm, WeightedSum().build({"redness": {0: 1.0}})).credit.past is algorithm.memory
 
 
 def test_a_buffer_that_is_never_full_is_refused():
