@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from free import Free, run
+from known import TWO, Judge, law_of, policy_of, source
 from torch.testing import assert_close
 from training import GROUPS, MEMBERS, rise, trainer
 
@@ -13,10 +14,15 @@ from mmalign.copies import Ramp
 from mmalign.forward_process import Matching
 from mmalign.objectives import LAST, OLD, REFERENCE, Anchor
 from mmalign.records import Noised, Renoise
+from mmalign.sde import Noise, log_prob, transition
 
 N = GROUPS * MEMBERS
 PLAIN = Matching("one")
 ADVANTAGE = torch.tensor([5.0, -1.0, 0.0, 2.0])
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def per_draw(likelihood=PLAIN, clip=1.0, anchors=()) -> MatchingRatio:
@@ -180,6 +186,46 @@ def test_the_variance_of_the_estimate_falls_with_the_number_of_draws_and_more_so
     assert float(few / many) == pytest.approx(16, rel=0.2)
     apart, _ = differences(200_000, shared=False)
     assert found.var() < apart.var() / 10
+
+
+def pulls(count: int = 200_000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of DDPO and AWM by w, for v = w x, on single samples x0 ~ N(0, 1) with advantage x0^2 - 1.
+
+    Both stand at the same x_t. DDPO raises the odds of an x_u that was drawn between x0 and x_t, AWM moves to
+    what x0 says of the mean of such draws.
+    """
+    draw, t, u = torch.Generator().manual_seed(0), scalar(0.6), scalar(0.5)
+    clean, e, fresh = torch.randn(3, count, 1, generator=draw, dtype=torch.float64)
+    keep = (1 - t) / (1 - u)
+    x_u = (1 - u) * clean + u * e
+    x_t = keep * x_u + (t**2 - keep**2 * u**2).sqrt() * fresh
+    w = torch.full((count,), 0.3, dtype=torch.float64, requires_grad=True)
+    velocity, noise, advantage = w[:, None] * x_t, Noise("precise", math.sqrt(2)), clean[:, 0] ** 2 - 1
+    step = transition(x_t, velocity, t, u, noise, 0.9)
+    error = PLAIN(Noised(x_t, clean, t.expand(count, 1)), velocity)
+    ddpo = advantage * log_prob(x_u, step, noise, (1,))
+    awm = -advantage * (step.slope**2 / (2 * step.std**2)).flatten() * error
+    return tuple(torch.autograd.grad(gain.sum(), w, retain_graph=True)[0] for gain in (ddpo, awm))
+
+
+def test_the_gradient_is_that_of_ddpo_on_average_and_varies_less():
+    """The theorem of the paper: DDPO is score matching against a target that has noise of its own."""
+    ddpo, awm = pulls()
+    assert awm.var() < 0.7 * ddpo.var()
+    gap = ddpo - awm
+    assert abs(float(awm.mean())) > 10 * float(awm.std()) / math.sqrt(len(awm))
+    assert abs(float(gap.mean())) < 4 * float(gap.std()) / math.sqrt(len(gap))
+
+
+def test_of_two_modes_the_better_one_wins():
+    method = AWM(steps=6, renoise=Renoise(4))
+    given = {"reward": Judge(lambda x: x[:, 0]), "prompts": source(16, groups=4), "learning_rate": 0.05}
+    found = trainer(method, 12, policy=policy_of(TWO, Noise(level=0.0)), **given)
+    before = float(law_of(found.policy).weight[1])
+    found.run()
+    scores = [metrics["reward/value"] for metrics in found.tracker.metrics.values()]
+    assert law_of(found.policy).weight[1] > before + 0.2
+    assert scores[-1] > scores[0] + 0.5
 
 
 def test_the_defaults_are_those_of_the_public_code():

@@ -68,12 +68,18 @@ def test_a_nodes_value_is_the_mean_of_its_leaves_and_its_advantage_is_by_depth()
     assert_close(std, torch.ones_like(std), atol=1e-3, rtol=0)
 
 
-def fused(beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    policy = ToyFlow(METHOD.noise)
-    trajectory = policy.sample(names(P, G), METHOD.plan(0), KEY)
+def fused(beta: float, method: BranchGRPO = METHOD) -> tuple[Tensor, Tensor, Tensor]:
+    policy = ToyFlow(method.noise)
+    trajectory = policy.sample(names(P, G), method.plan(0), KEY)
     signal = Numbered()(trajectory.outcome)
     value = fuse(beta, signal, trajectory, Peers(trajectory.outcome.prompts)).values
     return value, trajectory.log_prob.double(), signal.values[:, 0].double()
+
+
+def test_the_value_of_the_root_is_the_mean_of_all_leaves():
+    value, _, reward = fused(0.0, replace(METHOD, splits=(2, 3)))
+    mean = reward.reshape(P, G).mean(1)
+    assert_close(value.reshape(P, G, -1)[:, :, 0].double(), mean[:, None].expand(P, G))
 
 
 def test_leaves_count_by_how_likely_they_are_below_the_node():

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from known import TWO, policy_of
 from torch.testing import assert_close
 from toys import Notes, Redness, ToyFlow, names, source
 
 from mmalign.algorithms.dense_grpo import Calibration, DenseGRPO, gains
+from mmalign.assembly import cost_of, derive
+from mmalign.config import validate
 from mmalign.credit import Credit, Peers, fold
 from mmalign.records import Outcome, RewardSignal, Unit
 from mmalign.scoring import Scorer
@@ -107,6 +110,15 @@ def test_forwards_and_verdicts(kl):
     assert counts.train == P * G * (T - 1)
     assert counts.reference == (counts.train if kl else 0)
     assert seen == [P * G * T]
+
+
+def test_the_number_of_verdicts_is_told_before_the_run():
+    raw = {"policy": {"model": "m"}, "prompts": {"file": "p.txt", "per_iteration": P, "group": G}}
+    raw |= {"rewards": {"lab": 1.0}, "algorithm": {"name": "dense_grpo", "steps": T}}
+    config, policy = validate(raw, "run.yaml"), policy_of(TWO)
+    algorithm = config.algorithm.build({"lab": 1.0})
+    told = derive(config, algorithm, policy, cost_of(config, algorithm, policy), 1, P)
+    assert told["pictures judged an iteration"] == f"{T} x {P * G} = {T * P * G}"
 
 
 @pytest.mark.parametrize(("start", "tolerance"), [(0.1, 0.1), (0.9, 0.1), (0.4, 0.0)])

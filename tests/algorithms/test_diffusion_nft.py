@@ -54,6 +54,18 @@ def test_certainly_good_samples_and_beta_1_are_plain_flow_matching():
     assert_close(gradient, 2.0 * 2 * (policy.live - policy.target).detach() / policy.x[0].numel())
 
 
+def test_the_error_of_the_clean_estimate_is_that_of_the_velocity_times_the_square_of_the_level():
+    policy, r = Free(), torch.tensor([0.9, 0.5, 0.2, 1.0])
+    policy.live.data += 0.3 * torch.randn_like(policy.live)
+    losses = run(nft(0.7, error=Matching("t2")), policy, [policy.batch(10 * (r - 0.5))])[0]
+    total = 0.0
+    for sign, share in ((1, r), (-1, 1 - r)):
+        velocity = policy.start + sign * 0.7 * (policy.live.detach() - policy.start)
+        clean = policy.x - policy.sigma * velocity
+        total += float((share * (clean - policy.clean).square().flatten(1).mean(1)).sum())
+    assert_close(losses, 5.0 / 0.7 * total, rtol=1e-4, atol=1e-5)
+
+
 def test_branches_mirror_each_other_about_the_old_velocity():
     policy = Free()
     policy.live.data += torch.randn_like(policy.live)

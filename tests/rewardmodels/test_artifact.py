@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +214,17 @@ def test_the_shipped_detector_is_small_and_knows_kinds_it_was_taught(tmp_path):
     found = evaluate_detector(Detector.load(str(SHIPPED)), data)
     assert found["seen"]["auc"] > 0.95
     assert found["seen"]["pointing"] > 0.8
+
+
+@pytest.mark.parametrize("kind", ["blobs", "checkerboard", "oversharpening"])
+def test_the_more_damage_the_lower_the_reward(kind, outcome_of):
+    rng, draws = random.Random(0), np.random.default_rng(0)
+    pictures = [render(compose(sample_task(rng), rng)) / 255 for _ in range(24)]
+    reward, means = load("artifact", detector=str(SHIPPED)), []
+    for strength in (0.0, 0.2, 0.5, 1.0):
+        found = [corrupt(p, kind, draws, strength).picture if strength else p for p in pictures]
+        media = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float()
+        values = reward(outcome_of(media, [str(i) for i in range(24)])).values
+        means.append(float(values.mean()))
+    assert all(more < less + 1e-4 for less, more in pairwise(means))  # a sure detector says 0 early
+    assert means[0] > means[-1] + 0.3

@@ -1,9 +1,14 @@
 """The size of a real JPEG file."""
 
+import io
+import random
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mmalign.lab import compose, parse, render
 from mmalign.rewardmodels import load
 from mmalign.testing import check_reward
 
@@ -29,6 +34,18 @@ def test_noise_is_large_and_flat_is_small_and_the_signs_are_opposite(outcome_of)
     assert large > 5 * flat > 0
     opposite = load("jpeg_compressibility")(outcome_of(media, ["a", "b"])).values[:, 0]
     assert opposite.tolist() == [-large, -flat]
+
+
+def test_a_picture_that_was_compressed_more_is_smaller_at_every_rung(outcome_of):
+    """Saved at falling quality, read back, and judged at one quality."""
+    drawn = render(compose(parse("a red circle left of a blue star"), random.Random(1)), 64)
+    grain = np.random.default_rng(0).integers(-20, 21, drawn.shape)
+    picture, rungs = Image.fromarray((drawn + grain).clip(0, 255).astype(np.uint8)), []
+    for quality in (95, 75, 50, 25, 10, 5):
+        picture.save(file := io.BytesIO(), "JPEG", quality=quality)
+        rungs.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) / 255)
+    sizes = load("jpeg_incompressibility")(outcome_of(torch.stack(rungs), list("abcdef"))).values[:, 0]
+    assert (sizes.diff() < 0).all()
 
 
 def test_a_video_counts_as_the_mean_of_its_frames(outcome_of):

@@ -11,16 +11,18 @@ import transformers as T
 from PIL import Image
 from torch import nn
 from torch.nn.functional import cosine_similarity, sigmoid
+from torch.testing import assert_close
 
 from mmalign.contracts import DifferentiableReward
 from mmalign.pairwise import win_rates
 from mmalign.records import Outcome, Prompts
 from mmalign.rewardmodels import load
 from mmalign.rewardmodels.ocr import OcrAccuracy, accuracy, closest
-from mmalign.rewardmodels.vlm_score import VlmPreference, VlmScore, picture_of
+from mmalign.rewardmodels.vlm_score import ArtifactQuestion, VlmPreference, VlmScore, picture_of
 from mmalign.testing import check_reward
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+import captioners
 from captioners import tiny_llava, tokenizer
 from test_endpoint import Server, serve, spoke  # noqa: F401  # a fixture
 
@@ -226,6 +228,19 @@ def test_vqa_score_is_yes_against_no(llava, outcome):
             p = model(**inputs).logits[0, -1].softmax(0)
         yes, no = (p[processor.tokenizer.convert_tokens_to_ids(word)] for word in ("dog", "cat"))
         assert value == pytest.approx(float(yes / (yes + no)), abs=1e-5)
+
+
+def test_the_artifact_question_is_no_against_yes_and_says_the_same_twice(tmp_path, monkeypatch, outcome):
+    monkeypatch.setattr(captioners, "WORDS", [*captioners.WORDS, "yes", "no"])
+    model = str(tiny_llava(tmp_path / "llava"))
+    twice = Outcome(outcome.prompts, outcome.media[[0, 1, 0]])
+    found = load("artifact_question", model=model)(twice).values[:, 0]
+    yes = load("vqa_score", model=model, question=ArtifactQuestion.question + "{}")
+    empty = Prompts([""] * 3, outcome.prompts.group, outcome.prompts.member, outcome.prompts.extra)
+    assert_close(found, 1 - yes(Outcome(empty, twice.media)).values[:, 0])
+    assert found.min() >= 0
+    assert found.max() <= 1
+    assert found[0] == found[2] != found[1]
 
 
 def test_words_that_are_no_token_are_refused(llava):
