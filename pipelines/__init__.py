@@ -29,6 +29,7 @@ ADAPTERS = {
     "HunyuanVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo",
     "Flux2KleinPipeline": "mmalign.pipelines.flux2:Flux2Klein",
     "Flux2Pipeline": "mmalign.pipelines.flux2:Flux2",
+    "LTX2Pipeline": "mmalign.pipelines.ltx2:LTX2",
     "LTXPipeline": "mmalign.pipelines.ltx:LTX",
     "Lumina2Pipeline": "mmalign.pipelines.lumina2:Lumina2",
     "PixArtAlphaPipeline": "mmalign.pipelines.pixart:PixArtAlpha",

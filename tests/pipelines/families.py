@@ -22,7 +22,8 @@ class Row:
     """One family.
 
     build: its tiny pipeline. settings: of a policy over it. size: of a picture, not square. call: what a call
-    of the plain pipeline needs besides, at the settings. latents: ours as a call takes them. sources:
+    of the plain pipeline needs besides, at the settings. latents: ours as a call takes them. besides: what
+    else of them. sources:
     pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time. own_picture: it
     takes a picture for each prompt, and else the same for all. negative: it takes a negative prompt.
     true_guidance: it has another than what the network is told. takes_length: it takes a
@@ -36,6 +37,7 @@ class Row:
     size: tuple[int, int] = (32, 48)
     frames: int | None = None
     latents: Callable[[Tensor], Tensor] = lambda x: x
+    besides: Callable[[Tensor], dict[str, Tensor]] = lambda x: {}
     sources: int = 0
     one_by_one: bool = False
     own_picture: bool = False
@@ -597,6 +599,115 @@ def ltx() -> Any:
     )
 
 
+def ltx2() -> Any:
+    from diffusers import (
+        AutoencoderKLLTX2Audio,
+        AutoencoderKLLTX2Video,
+        LTX2Pipeline,
+        LTX2VideoTransformer3DModel,
+    )
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    tokens = words_tokenizer()
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False),
+        decoder_inject_noise=(False,) * 4,
+        downsample_type=("spatiotemporal",) * 4,
+        upsample_residual=(False,) * 3,
+        upsample_factor=(1, 1, 1),
+        patch_size=1,
+        scaling_factor=0.8,
+    )
+    vae.latents_mean.copy_(vae.latents_mean.new_tensor([0.1, -0.2, 0.3, 0.0]))
+    vae.latents_std.copy_(vae.latents_std.new_tensor([1.2, 0.8, 1.0, 1.5]))
+    connected = {
+        f"{kind}_connector_{name}": value
+        for kind in ("video", "audio")
+        for name, value in {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 1,
+            "num_learnable_registers": None,
+        }.items()
+    }
+    return LTX2Pipeline(
+        transformer=LTX2VideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            vae_scale_factors=(4, 4, 4),
+            audio_in_channels=8,
+            audio_out_channels=8,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=4,
+            audio_cross_attention_dim=8,
+            num_layers=1,
+            caption_channels=16,
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1),
+        vae=vae,
+        audio_vae=AutoencoderKLLTX2Audio(
+            base_channels=8,
+            ch_mult=(1, 1, 2),
+            num_res_blocks=1,
+            latent_channels=2,
+            resolution=32,
+            mel_bins=16,
+        ),
+        text_encoder=Gemma3ForConditionalGeneration(
+            Gemma3Config(
+                text_config={
+                    **SMALL,
+                    "vocab_size": len(tokens),
+                    "head_dim": 8,
+                    "layer_types": ["full_attention"] * 2,
+                },
+                vision_config={
+                    "hidden_size": 8,
+                    "intermediate_size": 8,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "image_size": 16,
+                    "patch_size": 8,
+                },
+                mm_tokens_per_image=4,
+                image_token_index=tokens.convert_tokens_to_ids("<|image_pad|>"),
+            )
+        ),
+        tokenizer=tokens,
+        connectors=LTX2TextConnectors(caption_channels=16, text_proj_in_factor=3, **connected),
+        vocoder=LTX2Vocoder(
+            in_channels=32,
+            hidden_channels=16,
+            upsample_kernel_sizes=[4, 4],
+            upsample_factors=[2, 2],
+            resnet_kernel_sizes=[3],
+            resnet_dilations=[[1, 3]],
+        ),
+    )
+
+
+def call_ltx2(settings: PolicySettings) -> dict[str, Any]:
+    call = {"guidance_scale": settings.guidance, "audio_guidance_scale": settings.guidance}
+    call |= {f"{kind}stg_scale": 0.0 for kind in ("", "audio_")}
+    call |= {f"{kind}modality_scale": 1.0 for kind in ("", "audio_")}
+    return call | {f"{kind}guidance_rescale": 0.0 for kind in ("", "audio_")}
+
+
+def sound_behind(x: Tensor) -> dict[str, Tensor]:
+    """Nine tokens of eight numbers behind the three frames of the video."""
+    return {"audio_latents": x[:, :, 3:].flatten(1)[:, :72].unflatten(1, (9, 8))}
+
+
 def by_token(x: Tensor) -> Tensor:
     """Latents [n, C, *place] as tokens [n, places, C]."""
     return x.flatten(2).transpose(1, 2)
@@ -890,6 +1001,14 @@ FAMILIES = {
     ),
     "PixArtSigmaPipeline": Row(pixart, call_pixart, peft_lora=True, prepare=by_ddim),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
+    "LTX2Pipeline": Row(
+        ltx2,
+        call_ltx2,
+        size=(32, 64),
+        frames=9,
+        latents=lambda x: by_token(x[:, :, :3]),
+        besides=sound_behind,
+    ),
     "Lumina2Pipeline": Row(lumina2, call_scale, {"max_sequence_length": 200}),
     "AuraFlowPipeline": Row(aura_flow, call_scale),
     "SanaPipeline": Row(

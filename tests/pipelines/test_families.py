@@ -130,10 +130,12 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
         call["num_frames"] = row.frames
     if pictures:
         call["image"] = pictures if len(pictures) > 1 else pictures[0]
-    noise = row.latents(initial(prompts, policy.shape, KEY))
+    drawn_noise = initial(prompts, policy.shape, KEY)
+    noise, besides = row.latents(drawn_noise), row.besides(drawn_noise)
     drawn = []
     for part in ([0], [1]) if row.one_by_one else ([0, 1],):
         asked = {"prompt": [TEXTS[i] for i in part], "latents": noise[part]}
+        asked |= {name: value[part] for name, value in besides.items()}
         if row.negative:
             asked["negative_prompt"] = [settings.negative_prompt] * len(part)
         out = plain(**call, **asked)
@@ -271,6 +273,31 @@ def test_frames_that_the_network_needs_besides_are_no_part_of_the_video(world, n
         assert again.shape == latents.shape
         raw = vae.encode(media.transpose(1, 2) * 2 - 1).latent_dist.mode()
         assert_close(again[:, :, extra:], raw * 0.8)
+
+
+def test_the_sound_lies_behind_the_video_and_what_it_does_not_fill_has_no_velocity(world):
+    policy = policy_of(world, "LTX2Pipeline")
+    adapter, x = policy.adapter, torch.randn(2, *policy.shape, generator=torch.Generator().manual_seed(0))
+    assert policy.shape == (4, 4, 8, 16)
+    video, sound = adapter.parted(x)
+    assert (video.shape[2], sound.shape) == (3, (2, 9, 8))
+    again = adapter.joined(video, sound, x)
+    assert torch.equal(again[:, :, :3], x[:, :, :3])
+    flat = again[:, :, 3:].flatten(1)
+    assert torch.equal(flat[:, :72], x[:, :, 3:].flatten(1)[:, :72])
+    assert not flat[:, 72:].any()
+    with torch.no_grad():
+        texts = policy._texts(TEXTS, 1.0)
+        velocity = adapter.predict(policy.module, x, torch.full((2,), 0.5), texts.positives())
+        quiet = adapter.joined(video, torch.zeros_like(sound), x)
+        other = adapter.predict(policy.module, quiet, torch.full((2,), 0.5), texts.positives())
+        media = adapter.decode(x)
+        given = adapter.latents(media)
+    assert not velocity[:, :, 3:].flatten(1)[:, 72:].any()
+    assert (velocity - other)[:, :, :3].abs().max() > 1e-5  # the video hears its sound
+    assert media.shape == (2, 9, 3, 32, 64)
+    assert given.shape == x.shape
+    assert not given[:, :, 3:].any()
 
 
 def test_the_experts_of_a_mixture_let_gradients_through(world):
