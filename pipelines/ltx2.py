@@ -62,13 +62,14 @@ class LTX2(LTX):
     def parted(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The video's latent [n, C, F, h, w] and the sound's tokens [n, length, size] in a latent."""
         (length, size), video = self.sound, x[:, :, : self.drawn]
-        return video, x[:, :, self.drawn :].flatten(1)[:, : length * size].unflatten(1, (length, size))
+        numbers = x[:, :, self.drawn :].flatten(1)[:, : length * size]
+        return video, torch.unflatten(numbers, 1, (length, size))
 
     def joined(self, video: Tensor, sound: Tensor, like: Tensor) -> Tensor:
         """The inverse of `parted`, with zeros behind the sound."""
         rest = torch.zeros_like(like[:, :, self.drawn :]).flatten(1).to(video.dtype)
         rest[:, : sound[0].numel()] = sound.flatten(1)
-        return torch.cat([video, rest.unflatten(1, like[0, :, self.drawn :].shape)], 2)
+        return torch.cat([video, torch.unflatten(rest, 1, like[0, :, self.drawn :].shape)], 2)
 
     # ---- the network
 
@@ -117,4 +118,4 @@ class LTX2(LTX):
         length, size = self.sound
         places = video[0, :, 0].numel()
         silent = video.new_zeros(len(video), ceil(length * size / places) * places)
-        return torch.cat([video, silent.unflatten(1, (video.shape[1], -1, *video.shape[3:]))], 2)
+        return torch.cat([video, torch.unflatten(silent, 1, (video.shape[1], -1, *video.shape[3:]))], 2)
