@@ -148,6 +148,17 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
     )
     add_overrides(evaluate)
 
+    probed = command(
+        "probe", probe_command, "What changes that should not please gain of a reward, on a folder of images."
+    )
+    probed.add_argument("images", help="folder of images, as for evaluate")
+    probed.add_argument(
+        "--rewards", nargs="+", required=True, metavar="NAME", help="as name or name={setting: value}"
+    )
+    probed.add_argument("--probes", nargs="+", default=[], metavar="NAME", help="these alone (default: all)")
+    probed.add_argument("--strength", type=float, default=1.0, help="of each, 0 to 1 (default 1)")
+    probed.add_argument("--json", metavar="FILE", help="write the numbers there")
+
     best = command(
         "best-of-n", best_of_n_command, "What the base model reaches by drawing more: the curve to beat."
     )
@@ -441,6 +452,23 @@ def evaluate_command(options: argparse.Namespace) -> int:
                 json.dumps(subjects.as_json(options.subject, found), indent=2) + "\n"
             )
         )
+    return 0
+
+
+def probe_command(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from mmalign import subjects
+
+    def look() -> Any:
+        rewards = subjects.make(subjects.named_rewards(options.rewards) or {})
+        return subjects.probe_images(Path(options.images), rewards, options.probes, options.strength)
+
+    found = early(look)
+    subjects.print_probes(found)
+    if options.json:
+        rows = [asdict(one) | {"suspicious": one.suspicious} for one in found]
+        early(lambda: Path(options.json).write_text(json.dumps(rows, indent=2) + "\n"))
     return 0
 
 

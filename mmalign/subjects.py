@@ -50,7 +50,8 @@ from mmalign.pictures import STILLS, open_picture, stills_in
 from mmalign.pipelines import load as load_policy
 from mmalign.pipelines import pipeline_class
 from mmalign.pipelines.flow import FlowPolicy
-from mmalign.records import Prompts
+from mmalign.probes import LIMIT, Probed, probe_all
+from mmalign.records import Outcome, Prompts
 from mmalign.rewardmodels import load as load_reward
 from mmalign.rewardmodels.features import load_features
 from mmalign.sde import Noise
@@ -319,17 +320,8 @@ def picture_of(path: Path) -> Tensor:
     return torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1).float() / 255
 
 
-def score_images(
-    place: Path,
-    rewards: Sequence[RewardModel],
-    batch: int = 64,
-    extract: Extract | None = None,
-    references: Tensor | None = None,
-) -> Evaluated:
-    """Scores of the images in a folder; those of equal prompts are seeds of one.
-
-    extract, references: as for `Evaluator`.
-    """
+def opened(place: Path) -> tuple[Prompts, Tensor]:
+    """The images of a folder [N, 3, H, W] and their prompts; those of equal prompts are seeds of one."""
     rows = captioned(place)
     group_of: dict[str, int] = {}
     groups = [group_of.setdefault(prompt.text, len(group_of)) for _, prompt in rows]
@@ -348,12 +340,50 @@ def score_images(
         raise ConfigError(
             f"{place}: all images must have one size, but {odd.name} and {rows[0][0].name} differ"
         )
-    stack = torch.stack(images)
+    return prompts, torch.stack(images)
+
+
+def probe_images(
+    place: Path, rewards: Sequence[RewardModel], names: Sequence[str] = (), strength: float = 1.0
+) -> list[Probed]:
+    """What changes that should not please gain of each reward, on the images of a folder."""
+    prompts, images = opened(place)
+    outcome = Outcome(prompts, images)
+    return [one for reward in rewards for one in probe_all(reward, outcome, names, strength)]
+
+
+def print_probes(found: Sequence[Probed]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    note = f"gain in standard deviations of the reward; marked: above {LIMIT} and most samples win"
+    table = Table("reward", "probe", "gain", "win", "samples", caption=note)
+    for one in found:
+        style = "bold red" if one.suspicious else None
+        mark = " *" if one.suspicious else ""
+        table.add_row(
+            one.reward, one.probe + mark, f"{one.gain:+.2f}", f"{one.win:.0%}", str(one.samples), style=style
+        )
+    Console().print(table)
+
+
+def score_images(
+    place: Path,
+    rewards: Sequence[RewardModel],
+    batch: int = 64,
+    extract: Extract | None = None,
+    references: Tensor | None = None,
+) -> Evaluated:
+    """Scores of the images in a folder; those of equal prompts are seeds of one.
+
+    extract, references: as for `Evaluator`.
+    """
+    prompts, stack = opened(place)
     result = summarize(verdicts(rewards, prompts, stack, batch), stack, prompts.group)
     if extract is not None and references is not None:
         features = extracted(extract, stack, batch)
         result = beside(result, features, prompts.group, references)
-    return replace(result, prompts=list(group_of))
+    return replace(result, prompts=list(dict.fromkeys(prompts.text)))
 
 
 # Saying it
