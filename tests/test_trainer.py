@@ -376,6 +376,23 @@ def test_a_reward_that_learns_is_fitted_after_each_update():
     assert [m["reward/learned/fit/seen"] for m in notes.metrics.values()] == [16, 32, 48]
 
 
+def test_samples_are_judged_before_they_are_learned_from():
+    events = []
+
+    class Ordered(Learned):
+        def __call__(self, outcome: Outcome) -> RewardSignal:
+            events.append("judged")
+            return super().__call__(outcome)
+
+        def fit(self, outcome: Outcome) -> dict[str, float]:
+            events.append("learned from")
+            return super().fit(outcome)
+
+    found = trainer(rewards=[Ordered()])
+    found.run()
+    assert events == ["judged", "learned from"] * found.settings.iterations
+
+
 def test_evaluation_is_asked_after_each_iteration_and_its_numbers_are_logged():
     notes, asked = Notes(), []
 

@@ -113,6 +113,14 @@ def test_the_reweighted_masses_maximize_reward_less_divergence():
     assert worth(best) == pytest.approx(beta * float((mass.log() + values / beta).logsumexp(0)), abs=1e-6)
 
 
+def test_components_of_equal_reward_keep_their_ratio():
+    mass = torch.tensor([0.5, 0.3, 0.2])
+    found = reweighted(mass, torch.tensor([2.0, 2.0, -1.0]), 0.7)
+    assert_close(found[0] / found[1], mass[0] / mass[1])
+    assert found[2] < mass[2]
+    assert_close(reweighted(mass, torch.full((3,), 4.0), 0.7), mass)
+
+
 def test_a_world_is_a_policy_like_any_other():
     prompts = prompts_of(["a", "b"], 3)
     for plan in (Plan(6, (1, 2, 3)), Plan(6, (0, 2), True, (1, 2))):
