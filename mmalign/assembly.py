@@ -191,7 +191,7 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
         config.policy, algorithm.noise, distributed.device, config.training.seed, algorithm.split
     )
     check_kind(config, policy, algorithm)
-    check_references(config, algorithm, source.prompts)
+    check_given(config, algorithm, policy, source.prompts)
     tracker: Tracker = NoTracker()
     if write and distributed.is_main:
         tracker = RunTracker(
@@ -296,14 +296,26 @@ def check_kind(config: RunConfig, policy: FlowPolicy | CaptionPolicy, algorithm:
         )
 
 
-def check_references(config: RunConfig, algorithm: Algorithm, prompts: Sequence[Prompt]) -> None:
-    """Raise ConfigError where references are learned from and a prompt has none."""
-    if algorithm.plans(0, config.training.seed) != [Plan(1, given=True)]:
+def check_given(
+    config: RunConfig,
+    algorithm: Algorithm,
+    policy: FlowPolicy | CaptionPolicy,
+    prompts: Sequence[Prompt],
+) -> None:
+    """Raise ConfigError where what prompts give is learned from and one gives nothing."""
+    if not any(plan.given for plan in algorithm.plans(0, config.training.seed)):
         return
-    lacking = [prompt.text for prompt in prompts if not isinstance(prompt.extra.get("reference"), str)]
+    key, kind = "reference", str
+    if isinstance(policy, FlowPolicy):
+        key, kind = ("image", str) if len(policy.shape) == 3 else ("video", str | list)
+    lacking = [
+        prompt.text
+        for prompt in prompts
+        if not all(isinstance(extra.get(key), kind) for extra in prompt.members or (prompt.extra,))
+    ]
     if lacking:
         raise ConfigError(
-            f'prompts.file: {config.method} learns from the "reference" of each prompt, and {len(lacking)} '
+            f'prompts.file: {config.method} learns from the "{key}" of each prompt, and {len(lacking)} '
             f"of {len(prompts)} have none, the first is {lacking[0]!r}"
         )
 

@@ -190,6 +190,22 @@ class DifferentiableReward(Protocol):
         ...
 
 
+@runtime_checkable
+class LatentReward(Protocol):
+    """A reward that is a differentiable function of noisy latents, so that nothing has to be decoded."""
+
+    name: str
+
+    def __call__(self, outcome: Outcome) -> RewardSignal: ...
+
+    def on_latents(self, prompts: Prompts, z: Tensor, sigma: Tensor) -> Tensor:
+        """One value a sample, [n]; z: [n, *latent] as the policy has them, at sigma (scalar).
+
+        Gradients reach z. A sample without a verdict has value and gradient 0.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters by peft, always kept in fp32."""

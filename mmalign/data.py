@@ -74,10 +74,11 @@ def _pictured(prompt: Prompt, path: Path, number: int) -> Prompt:
     """A prompt with the whole paths of the pictures that its line names from the folder of the file.
 
     image, video: what is asked about; a video is a folder, a file, or a list of frames.
-    source: one or several to edit, to begin a video with, or to refer to.
+    source: one or several to edit, to begin a video with, or to refer to. reference_image: what its subject
+    looks like.
     """
     extra = dict(prompt.extra)
-    for key in ("image", "source"):
+    for key in ("image", "source", "reference_image"):
         named = extra.get(key)
         files = [named] if isinstance(named, str) else named if key == "source" else None
         if not isinstance(files, list):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,9 +51,8 @@ def frames_of(place: str | Sequence[str]) -> list[str] | None:
         return list(place)
     archive, inside = _inside(Path(place))
     if archive is not None:
-        with zipfile.ZipFile(archive) as opened:
-            start = inside.rstrip("/") + "/"
-            names = [str(archive / name) for name in opened.namelist() if name.startswith(start)]
+        start = inside.rstrip("/") + "/"
+        names = [str(archive / name) for name in _opened(archive).NameToInfo if name.startswith(start)]
     elif Path(place).is_dir():
         names = [str(path) for path in Path(place).iterdir()]
     else:
@@ -90,8 +91,7 @@ def missing(file: Path | str) -> str | None:
         return None if Path(file).is_file() else f"there is no picture {file}"
     if not zipfile.is_zipfile(archive):
         return f"{archive} is no zip archive"
-    with zipfile.ZipFile(archive) as opened:
-        return None if member in opened.NameToInfo else f"{archive} holds no {member}"
+    return None if member in _opened(archive).NameToInfo else f"{archive} holds no {member}"
 
 
 def stills_in(place: Path) -> list[Path]:
@@ -128,8 +128,18 @@ def _read(file: Path) -> bytes:
     archive, member = _inside(file)
     if archive is None:
         return file.read_bytes()
-    with zipfile.ZipFile(archive) as opened:
-        return opened.read(member)
+    return _opened(archive).read(member)
+
+
+def _opened(archive: Path) -> zipfile.ZipFile:
+    """An archive that is kept open as long as it is the same file: its list of members is long to read."""
+    state = archive.stat()
+    return _kept_open(str(archive), state.st_mtime_ns, state.st_size, os.getpid())
+
+
+@lru_cache(maxsize=8)
+def _kept_open(archive: str, modified: int, size: int, process: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(archive)
 
 
 def _inside(file: Path) -> tuple[Path | None, str]:

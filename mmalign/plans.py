@@ -141,9 +141,9 @@ def forwards(plan: Plan, group: Tensor, member: Tensor, each: int = 1) -> tuple[
         return len(torch.unique(torch.stack([group, kin], 1), dim=0))
 
     train = 0 if plan.sde_steps else states(member) * plan.actions * each
-    if plan.given:
-        return 0, train
     before = [states(plan.kin(member, step)) for step in range(plan.lead)]
+    if plan.given:
+        return sum(before) if plan.halt else 0, train
     leaves = [(step + 1, before[step]) for step in plan.sde_steps if plan.values]
     if plan.singular:
         leaves += [(step + 1, states(member)) for step in plan.sde_steps]

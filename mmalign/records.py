@@ -67,7 +67,7 @@ class Plan:
     is drawn either, the samples are the media that the prompts name; of texts, every token is an action.
     halt: the state so many steps before the end of the ODE is kept, and the update goes on from there, with
     gradients (`contracts.DrawsOn`). noises: fresh noises that are drawn for each sample with it; each counts
-    as an action.
+    as an action. Beside given samples that are noised again, what is halted is never finished nor decoded.
     """
 
     steps: int
@@ -122,9 +122,16 @@ class Plan:
                 f"halt must lie in 0..{self.steps} and noises be at least 1, got {self.halt}, {self.noises}"
             )
         if self.halt and (
-            self.stochastic or self.strides != (1,) or self.tail or self.renoise or self.share_noise
+            self.stochastic
+            or self.strides != (1,)
+            or self.tail
+            or self.share_noise
+            or (self.renoise and not self.given)
         ):
-            raise ValueError("a plan with a halt follows the plain ODE, and its samples share nothing")
+            raise ValueError(
+                "a plan with a halt follows the plain ODE, and its samples share nothing and are not noised "
+                "again, unless those are given"
+            )
         self._check_tree()
 
     def _check_tree(self) -> None:
@@ -153,9 +160,9 @@ class Plan:
     @property
     def actions(self) -> int:
         """How many actions each sample takes, S."""
-        if self.halt:
-            return self.noises
-        return self.renoise.times if self.renoise else len(self.sde_steps)
+        if self.renoise:
+            return self.renoise.times
+        return self.noises if self.halt else len(self.sde_steps)
 
     @property
     def lead(self) -> int:

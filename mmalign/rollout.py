@@ -48,7 +48,7 @@ class States:
 class Rollout:
     """What came of a plan: of every action what `RECORDED` names, [B, S, ...]; finished latents by view.
 
-    halted: the states after `Plan.lead` steps.
+    halted: the states after `Plan.lead` steps. Where samples are given, there are no views.
     """
 
     actions: dict[str, Tensor]
@@ -98,6 +98,8 @@ def roll_out(
         if plan.singular:
             leaves.append((step + 1, after))
         now = ahead if plan.singular else after
+    if plan.given:
+        return Rollout(actions, [], now)
     if not plan.singular:
         leaves.append((plan.lead, now))
     views = [walk.speed(now, before, velocity)] if plan.tail else walk.finish(leaves, velocity)
@@ -203,14 +205,15 @@ def noise_again(
     return {"x": x, "sigma": sigma, "state": state, "clean": clean}
 
 
-def halt(prompts: Prompts, rolled: Rollout, plan: Plan, sigmas: Tensor, key: Key) -> dict[str, Tensor]:
-    """What an update goes on from: x, path [B, halt + 1] and clean of a sample, noise of an action."""
-    (view,), before = rolled.views, rolled.halted
+def halt(
+    prompts: Prompts, before: States, clean: Tensor, plan: Plan, sigmas: Tensor, key: Key
+) -> dict[str, Tensor]:
+    """What an update goes on from: halted, path [B, halt + 1] and clean of a sample, noise of an action."""
     names = zip(prompts.group.tolist(), prompts.member.tolist(), strict=True)
     streams = [generator(*key, "fresh", *name) for name in names]
-    clean, times = view.x[view.row], plan.noises
+    times = plan.noises
     return {
-        "x": before.x[before.row],
+        "halted": before.x[before.row],
         "path": sigmas[plan.lead :].expand(len(clean), -1),
         "clean": clean,
         "noise": normals(streams, (times, *clean.shape[1:]), clean.device),

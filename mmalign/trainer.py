@@ -19,7 +19,7 @@ from mmalign.contracts import Key, LearnedReward, Policy
 from mmalign.coupling import Coupled
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed, local
-from mmalign.gradients import Differentiated
+from mmalign.gradients import Differentiated, OnLatents
 from mmalign.health import Clock, Running, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.mismatch import corrected, mismatch
@@ -125,7 +125,8 @@ class Algorithm:
     alone: bool = False  # samples are not compared, so that a group may have one member
     apart: bool = False  # every action of a plan has optimizer updates of its own, one action after another
     memory: Memory | None = None  # what plans, credit or copies depend on beside iteration and seed
-    through: Differentiated | None = None  # rewards that the objective differentiates; it meets them first
+    # Rewards that the objective differentiates; it meets them first.
+    through: Differentiated | OnLatents | None = None
     # What only the policy knows about its actions, put into their advantage; no gradient.
     refine: Callable[[Policy, Trajectory, Advantage, Peers], Advantage] | None = None
 

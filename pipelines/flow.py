@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmalign.contracts import Forwards, Key, LoraSettings, PolicySettings
 from mmalign.copies import Copies
-from mmalign.pictures import open_picture
+from mmalign.pictures import frames_of, open_picture
 from mmalign.randomness import generator, normals
 from mmalign.records import (
     Evaluation,
@@ -258,6 +258,9 @@ class FlowPolicy:
         if plan.given:
             media, clean = self._given(prompts)
             replay: dict[str, Tensor] = {}
+            if plan.halt:
+                rolled = self._roll_out(prompts, plan, key, self.settings.guidance)
+                replay = halt(prompts, rolled.halted, clean, plan, sigmas, key)
         else:
             rolled = self._roll_out(prompts, plan, key, self.settings.guidance)
             # A state that several samples are in is decoded once.
@@ -265,9 +268,10 @@ class FlowPolicy:
             clean, replay = rolled.views[0].x[rolled.views[0].row], dict(rolled.actions)
             replay["guard"] = sigmas[1].expand(samples)
             if plan.halt:
-                replay = halt(prompts, rolled, plan, sigmas, key)
+                replay = halt(prompts, rolled.halted, clean, plan, sigmas, key)
         if plan.renoise:
-            replay = noise_again(prompts, clean, plan.renoise, sigmas, key)
+            kept = replay if plan.halt else {}
+            replay = kept | noise_again(prompts, clean, plan.renoise, sigmas, key)
         site, actions = self.site, plan.actions
         recorded = replay.pop("log_prob", torch.zeros(samples, actions, *site, device=self.device))
         mask = torch.ones(samples, actions, dtype=torch.bool, device=self.device)
@@ -289,16 +293,31 @@ class FlowPolicy:
         return roll_out(prompts, plan, key, sigmas, self.shape, self.noise, self._dims, velocity)
 
     def _given(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """The pictures that the prompts name as their `image`, at the policy's size, and their latents."""
-        files = [extra.get("image") for extra in prompts.extra]
-        for text, file in zip(prompts.text, files, strict=True):
-            if not isinstance(file, str):
-                raise ValueError(f'prompt {text!r} names no picture: it needs a path under "image"')
-        if len(self.shape) == 4:
-            raise ValueError("a plan with given samples goes with models of pictures; this one makes videos")
-        media = torch.stack([self._picture(str(file)) for file in files]).to(self.device)
+        """The `image` or `video` of each prompt, at the policy's size, and their latents."""
+        named = zip(prompts.text, prompts.extra, strict=True)
+        media = torch.stack([self._media(*given) for given in named]).to(self.device)
         rows = max(1, DECODED_PLACES // prod(self.shape[1:]))
         return media, torch.cat([self.adapter.latents(part) for part in torch.split(media, rows)])
+
+    def _media(self, text: str, extra: Mapping[str, object]) -> Tensor:
+        """The picture [3, H, W] or video [F, 3, H, W] that a prompt gives as its sample."""
+        key = "image" if len(self.shape) == 3 else "video"
+        named = extra.get(key)
+        if key == "image":
+            if not isinstance(named, str):
+                raise ValueError(f'prompt {text!r} names no picture: it needs a path under "image"')
+            return self._picture(named)
+        found = frames_of(named) if isinstance(named, str | list) and named else None
+        if found is None:
+            raise ValueError(
+                f'prompt {text!r} gives no video: it needs a folder of frames, or a list, under "video"'
+            )
+        frames = (self.shape[1] - 1) * getattr(self.adapter, "temporal", 1) + 1
+        if len(found) < frames:
+            raise ValueError(
+                f"prompt {text!r}: its video has {len(found)} frames, and the model makes {frames}"
+            )
+        return torch.stack([self._picture(file) for file in found[:frames]])
 
     def _picture(self, file: str) -> Tensor:
         height, width = (places * self.adapter.scale for places in self.shape[-2:])
@@ -434,7 +453,7 @@ class FlowPolicy:
         if "path" not in replay:
             raise ValueError("these samples were not halted on their way: the plan has no halt")
         return Halted(
-            replay["x"][rows], replay["path"][0], replay["clean"][rows], replay["noise"][rows, columns]
+            replay["halted"][rows], replay["path"][0], replay["clean"][rows], replay["noise"][rows, columns]
         )
 
     def velocity(self, trajectory: Trajectory, pick: Pick, x: Tensor, sigma: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ REWARDS = {
     "lab_colors": "mmalign.rewardmodels.lab_colors:LabColors",
     "lab_pairwise": "mmalign.rewardmodels.lab_pairwise:LabPairwise",
     "lab_video": "mmalign.rewardmodels.lab_video:LabVideo",
+    "latent_identity": "mmalign.rewardmodels.latent_identity:LatentIdentity",
     "likelihood": "mmalign.rewardmodels.likelihood:Likelihood",
     "motion": "mmalign.rewardmodels.motion:Motion",
     "ocr": "mmalign.rewardmodels.ocr:OcrAccuracy",

@@ -28,7 +28,11 @@ ONLY_BY = {
     r"fastapi|uvicorn": (r"mmalign\.serving", "the server is for serving.py"),
     r"httpx": (rf"mmalign\.pipelines\.rollout_server|{REWARDS}", "servers are asked by rewards and rollouts"),
     r"msgpack": (rf"mmalign\.wire|{REWARDS}", "bytes are for wire.py"),
-    r"diffusers|peft": (DRAWS, "models that draw are for pipelines/"),
+    r"diffusers": (
+        rf"{DRAWS}|mmalign\.rewardmodels\.latent_identity",  # which is blocks of a denoiser
+        "models that draw are for pipelines/",
+    ),
+    r"peft": (DRAWS, "models that draw are for pipelines/"),
     r"transformers": (f"{DRAWS}|{REWARDS}", "models are for pipelines/ and rewardmodels/"),
     r"timm|open_clip|torchvision": (REWARDS, "models that judge are for rewardmodels/"),
     r"mmalign\.pipelines": (

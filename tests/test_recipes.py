@@ -52,7 +52,12 @@ REAL = {
     "wan22_nft",
     "z_image_nft",
 }
-VIDEOS = {"lab_video_g2rpo", "lab_video_grpo", "lab_video_nft"}  # on the lab's own video model
+VIDEOS = {
+    "lab_latent_identity",
+    "lab_video_g2rpo",
+    "lab_video_grpo",
+    "lab_video_nft",
+}  # on the lab's own video model
 EDITORS = {"lab_edit_consistency", "lab_edit_grpo", "lab_edit_nft"}  # on the lab's own editor
 LAUNCHERS = sorted((ROOT / "assets/accelerate").glob("*.yaml"))
 

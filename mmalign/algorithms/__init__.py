@@ -26,6 +26,7 @@ ALGORITHMS: dict[str, str] = {
     "grpo": "mmalign.algorithms.grpo:GRPO",
     "grpo_guard": "mmalign.algorithms.grpo_guard:GRPOGuard",
     "igpo": "mmalign.algorithms.igpo:IGPO",
+    "lirefl": "mmalign.algorithms.lirefl:LIReFL",
     "mix_grpo": "mmalign.algorithms.mix_grpo:MixGRPO",
     "pow3r": "mmalign.algorithms.pow3r:POW3R",
     "pref_grpo": "mmalign.algorithms.pref_grpo:PrefGRPO",
