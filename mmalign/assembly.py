@@ -305,13 +305,13 @@ def check_given(
     """Raise ConfigError where what prompts give is learned from and one gives nothing."""
     if not any(plan.given for plan in algorithm.plans(0, config.training.seed)):
         return
-    key, kind = "reference", str
+    key, kinds = "reference", [str]
     if isinstance(policy, FlowPolicy):
-        key, kind = ("image", str) if len(policy.shape) == 3 else ("video", str | list)
+        key, kinds = ("image", [str]) if len(policy.shape) == 3 else ("video", [str, list])
     lacking = [
         prompt.text
         for prompt in prompts
-        if not all(isinstance(extra.get(key), kind) for extra in prompt.members or (prompt.extra,))
+        if not all(isinstance(extra.get(key), tuple(kinds)) for extra in prompt.members or (prompt.extra,))
     ]
     if lacking:
         raise ConfigError(

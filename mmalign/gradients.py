@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -28,9 +28,8 @@ class Differentiated:
 
     def meet(self, rewards: Sequence[Reward]) -> None:
         """Take the rewards; TypeError if one of them has no gradient."""
-        self.models = weighted(
-            rewards, self.weights, DifferentiableReward, "be differentiated", "differentiate"
-        )
+        kind: Any = DifferentiableReward  # a protocol, which a checker takes for no class
+        self.models = weighted(rewards, self.weights, kind, "be differentiated", "differentiate")
 
     def __call__(
         self, policy: DrawsOn, batch: Minibatch, latents: Tensor, words: Callable[[str], str] | None = None
@@ -57,7 +56,8 @@ class OnLatents:
 
     def meet(self, rewards: Sequence[Reward]) -> None:
         """Take the rewards; TypeError if one of them does not read latents."""
-        self.models = weighted(rewards, self.weights, LatentReward, "read latents", "on_latents")
+        kind: Any = LatentReward
+        self.models = weighted(rewards, self.weights, kind, "read latents", "on_latents")
 
     def __call__(self, batch: Minibatch, z: Tensor, sigma: Tensor) -> Tensor:
         """The reward [n] of latents z [n, *latent] at the noise level sigma (scalar)."""

@@ -77,7 +77,7 @@ class IdentityNetwork(nn.Module):
         """Tokens [n, places, width] behind the last block that is left."""
         denoiser = self.transformer
         turns = denoiser.rope(z)
-        tokens = denoiser.patch_embedding(z).flatten(2).transpose(1, 2)
+        tokens: Tensor = denoiser.patch_embedding(z).flatten(2).transpose(1, 2)
         _, level, words, _ = denoiser.condition_embedder(time, text, None)
         level = level.unflatten(1, (6, -1))
         for block in denoiser.blocks:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmalign.lab.clips import (
-    CANVAS,
     FRAMES,
     MIX,
     RADII,
@@ -29,7 +28,7 @@ from mmalign.lab.clips import (
     write_clip_prompt,
 )
 from mmalign.lab.render import render
-from mmalign.lab.scenes import COLORS, SHAPES, Scene, Thing
+from mmalign.lab.scenes import CANVAS, COLORS, SHAPES, Scene, Thing
 
 KINDS = ("kept", "swapped", "vanished", "another")
 CHANGES = (2, 7)  # the frames at which a swap or a disappearance may begin
@@ -78,7 +77,7 @@ def draw_identity_clip(rng: random.Random, kind: str, split: str = "train") -> I
         write_clip_prompt(task),
         reference_picture(subject.color, subject.shape),
         kind,
-        tuple(thing and box_of(thing) for thing in shown),
+        tuple(None if thing is None else box_of(thing) for thing in shown),
     )
 
 
