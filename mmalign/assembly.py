@@ -305,7 +305,8 @@ def check_given(
     """Raise ConfigError where what prompts give is learned from and one gives nothing."""
     if not any(plan.given for plan in algorithm.plans(0, config.training.seed)):
         return
-    key, kinds = "reference", [str]
+    key: str = "reference"
+    kinds: list[Any] = [str]
     if isinstance(policy, FlowPolicy):
         key, kinds = ("image", [str]) if len(policy.shape) == 3 else ("video", [str, list])
     lacking = [

@@ -22,6 +22,7 @@ from mmalign.lab.clips import (
     RADII,
     SIDE,
     Clip,
+    ClipTask,
     compose_clip,
     render_clip,
     sample_clip_task,
@@ -67,7 +68,11 @@ def draw_identity_clip(rng: random.Random, kind: str, split: str = "train") -> I
     shown: list[Thing | None] = [scene.things[0] for scene in clip.frames]
     others = [thing for scene in clip.frames[:1] for thing in scene.things[1:]]
     if kind != "kept":
-        shown = changed(shown, kind, stranger(rng, [subject, *others]), rng)
+        other = stranger(rng, [subject, *others])
+        shown = changed(shown, kind, other, rng)
+        if kind == "another":  # the text tells of what is shown: the reference alone speaks against it
+            own = replace(task.actors[0], color=other[0], shape=other[1])
+            task = ClipTask((own, *task.actors[1:]))
     frames = tuple(
         Scene(tuple(thing for thing in (own, *scene.things[1:]) if thing))
         for own, scene in zip(shown, clip.frames, strict=True)

@@ -42,7 +42,15 @@ def test_the_reference_is_the_first_thing_of_the_prompt():
         assert np.array_equal(clip.reference, reference_picture(color, shape))
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+def test_of_another_subject_the_prompt_tells_and_not_the_reference():
+    for clip in drawn("another"):
+        assert not clip.kept
+        assert score_clip(clip.frames, parse_clip(clip.prompt)).strict
+        _, color, shape, *_ = clip.prompt.split()
+        assert not np.array_equal(clip.reference, reference_picture(color, shape))
+
+
+@pytest.mark.parametrize("kind", ["swapped", "vanished"])
 def test_other_clips_are_not_what_their_prompts_ask_for(kind):
     for clip in drawn(kind):
         assert not clip.kept
@@ -86,10 +94,12 @@ def test_boxes_hold_the_things():
 def test_half_are_kept_splits_are_kept_apart_and_seeds_repeat():
     clips = draw_identity_clips(24, "heldout", 3)
     assert [sum(clip.kind == kind for clip in clips) for kind in KINDS] == [12, 4, 4, 4]
-    assert all(parse_clip(clip.prompt).held_out for clip in clips)
+    named = [clip for clip in clips if clip.kind != "another"]
+    assert all(parse_clip(clip.prompt).held_out for clip in named)
     again = draw_identity_clips(24, "heldout", 3)
     assert all(np.array_equal(a.frames, b.frames) for a, b in zip(clips, again, strict=True))
-    assert not any(parse_clip(clip.prompt).held_out for clip in draw_identity_clips(8, "train", 3))
+    train = [clip for clip in draw_identity_clips(8, "train", 3) if clip.kind != "another"]
+    assert not any(parse_clip(clip.prompt).held_out for clip in train)
 
 
 def test_an_unknown_kind_is_refused():
