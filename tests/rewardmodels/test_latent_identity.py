@@ -26,6 +26,7 @@ from mmalign.rewardmodels.latent_identity import (
 from mmalign.rewardmodels.latent_identity_training import (
     EDGES,
     LabeledLatents,
+    _another,
     label_latents,
     measure_identity,
     read_labeled_videos,
@@ -310,6 +311,14 @@ def test_measures_are_those_of_a_judge_that_is_known(space):
     assert [blind[name] for name in ("accuracy", "kept", "vanished", "ordered")] == [0.75, 1, 0, 0]
 
 
+def test_equal_references_are_no_others(space):
+    """Latents of pictures: distances by products would tell equal ones apart."""
+    rows = 20 * torch.randn(2, 8 * 64, generator=torch.Generator().manual_seed(0))
+    references = rows[[0, 0, 1, 1, 0]].reshape(5, 8, 1, 8, 8)
+    data = replace(known([True] * 5), references=references)
+    assert _another(data, torch.arange(5)).tolist() == [2, 2, 4, 4, 2]
+
+
 def test_one_reference_for_all_cannot_be_shuffled(space):
     data = known([True, True])
     with pytest.raises(ValueError, match="all kept videos have one and the same reference"):
@@ -353,3 +362,14 @@ def test_the_shipped_prompts_have_references_videos_and_boxes():
     assert not {p.text for p in train} & {p.text for p in heldout}
     assert all(len(p.extra["boxes"]) == 9 and p.extra["video"] for p in train)
     assert all(reference_of(p.extra) for p in (*train, *heldout))
+
+
+@pytest.mark.slow
+def test_the_shipped_network_heeds_its_reference_at_every_noise_level(space):
+    """On held-out clips; assets/lab/README.md has the figures of 600."""
+    found = measure_identity(
+        IdentityNetwork.load(SHIPPED), space, labeled(space, draw_identity_clips(120, "heldout", 1))
+    )
+    assert all(row["ordered"] > 0.85 for row in found)
+    assert all(row["accuracy"] > 0.75 for row in found[:4])
+    assert all(row["another"] > 0.6 for row in found)
