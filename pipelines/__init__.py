@@ -30,6 +30,7 @@ ADAPTERS = {
     "Flux2KleinPipeline": "mmalign.pipelines.flux2:Flux2Klein",
     "Flux2Pipeline": "mmalign.pipelines.flux2:Flux2",
     "LTX2Pipeline": "mmalign.pipelines.ltx2:LTX2",
+    "LTXImageToVideoPipeline": "mmalign.pipelines.ltx:LTXImageToVideo",
     "LTXPipeline": "mmalign.pipelines.ltx:LTX",
     "Lumina2Pipeline": "mmalign.pipelines.lumina2:Lumina2",
     "PixArtAlphaPipeline": "mmalign.pipelines.pixart:PixArtAlpha",

@@ -39,6 +39,7 @@ MODELS = {
     "WanPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "text to video", "both experts are trained"),
     "WanImageToVideoPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "image to video", "one source picture"),
     "LTXPipeline": ("LTX-Video", "text to video", "clean latents are decoded"),
+    "LTXImageToVideoPipeline": ("LTX-Video", "image to video", "one source picture"),
     "LTX2Pipeline": ("LTX-2", "text to video", "draws its sound with it; rewards see the video"),
     "CogVideoXPipeline": ("CogVideoX, 1.5", "text to video", "predicts v; sampled by DDIM"),
     "CogVideoXImageToVideoPipeline": ("CogVideoX, 1.5", "image to video", "one source picture"),
@@ -65,7 +66,7 @@ RECIPES = {
 
 # Families that people ask for and that cannot be trained here yet, and why.
 ABSENT = {
-    "HunyuanVideo, LTX-Video and LTX-2 from a picture": "no adapters yet",
+    "HunyuanVideo and LTX-2 from a picture": "no adapters yet",
 }
 
 HEAD = """

@@ -337,6 +337,15 @@ def renormalized(guided: Tensor, positive: Tensor, dim: int) -> Tensor:
     return guided * (positive.norm(dim=dim, keepdim=True) / guided.norm(dim=dim, keepdim=True))
 
 
+def toward(picture: Tensor, x: Tensor, sigma: Tensor, velocity: Tensor) -> Tensor:
+    """Velocities of videos x [n, C, F, h, w] whose first frame points straight at the latent of a picture.
+
+    picture: [n, C, 1, h, w]. Every step of the ODE and its end are right there, whatever noise is drawn.
+    """
+    ahead = (x[:, :, :1] - picture) / sigma.reshape(-1, 1, 1, 1, 1)
+    return torch.cat([ahead.to(velocity.dtype), velocity[:, :, 1:]], 2)
+
+
 def pack(x: Tensor) -> Tensor:
     """[n, C, h, w] as tokens of two by two places, [n, h/2 w/2, 4 C]."""
     return F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""LTX-Video, text to video."""
+"""LTX-Video, text or image to video."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.contracts import PolicySettings
-from mmalign.pipelines.family import Standardized, VideoFamily
+from mmalign.pipelines.family import Standardized, VideoFamily, toward
 from mmalign.pipelines.flow import Condition
 
 FRAME_RATE = 25  # of a call of the pipeline; places in time are counted in seconds
@@ -46,11 +46,15 @@ class LTX(Standardized, VideoFamily):
         return {"embeds": embeds[0], "mask": mask[0]}
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        return self.call(network, x, sigma * 1000, condition)
+
+    def call(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """time: [n], or [n, tokens] where places differ."""
         frames, high, wide = x.shape[2:]
         velocity: Tensor = network(
             hidden_states=x.flatten(2).transpose(1, 2).to(condition["embeds"].dtype),
             encoder_hidden_states=condition["embeds"],
-            timestep=sigma * 1000,
+            timestep=time,
             encoder_attention_mask=condition["mask"],
             num_frames=frames,
             height=high,
@@ -70,3 +74,26 @@ class LTX(Standardized, VideoFamily):
         time = torch.zeros(len(latents), device=latents.device) if vae.config.timestep_conditioning else None
         media: Tensor = vae.decode(self.to_vae(latents), time, return_dict=False)[0]
         return (media / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+class LTXImageToVideo(LTX):
+    """Adapter of `LTXImageToVideoPipeline`: a video that begins with the prompt's picture.
+
+    The picture takes the place of the first frame of the latent, at time 0 (`toward`). It is the mean of the
+    encoder, where the pipeline draws from its distribution.
+    """
+
+    kind = "LTXImageToVideoPipeline"
+    needs_pictures = True
+
+    def encode_with(self, text: str, pictures: Tensor) -> Condition:
+        if len(pictures) > 1:
+            raise ValueError(f"a video of LTX begins with one picture, got {len(pictures)} for {text!r}")
+        return {**self.encode(text), "first": self.latents(pictures[:, None])[0]}
+
+    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        picture = condition["first"]
+        time = (sigma * 1000).reshape(-1, 1, 1, 1).repeat(1, *x.shape[2:])
+        time[:, 0] = 0
+        seen = torch.cat([picture.to(x.dtype), x[:, :, 1:]], 2)
+        return toward(picture, x, sigma, self.call(network, seen, time.flatten(1), condition))

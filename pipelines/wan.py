@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.contracts import PolicySettings
-from mmalign.pipelines.family import Standardized, VideoFamily, read, schedule
+from mmalign.pipelines.family import Standardized, VideoFamily, read, schedule, toward
 from mmalign.pipelines.flow import Condition, Experts
 
 
@@ -66,8 +66,7 @@ class Wan(Standardized, VideoFamily):
 class WanImageToVideo(Wan):
     """Adapter of `WanImageToVideoPipeline`: a video that begins with the prompt's picture.
 
-    The 5B model takes the picture in place of the first frame of its latent. There the velocity points
-    straight at it, so that every step of the ODE and its end are right, whatever noise is drawn.
+    The 5B model takes the picture in place of the first frame of its latent (`toward`).
     """
 
     kind = "WanImageToVideoPipeline"
@@ -111,6 +110,4 @@ class WanImageToVideo(Wan):
         places = time.reshape(-1, 1, 1, 1).repeat(1, *x.shape[2:])
         places[:, 0] = 0
         seen = torch.cat([picture.to(x.dtype), x[:, :, 1:]], 2)
-        velocity = self._call(network, seen, places, condition)
-        ahead = (x[:, :, :1] - picture) / sigma.reshape(-1, 1, 1, 1, 1)
-        return torch.cat([ahead.to(velocity.dtype), velocity[:, :, 1:]], 2)
+        return toward(picture, x, sigma, self._call(network, seen, places, condition))

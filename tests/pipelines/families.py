@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmalign.contracts import PolicySettings
@@ -28,7 +29,8 @@ class Row:
     takes a picture for each prompt, and else the same for all. negative: it takes a negative prompt.
     true_guidance: it has another than what the network is told. takes_length: it takes a
     max_sequence_length. loads_lora: it can load a LoRA, and not just its denoiser. peft_lora: neither can.
-    prepare: what is set in the plain pipeline before a call.
+    begun: noise with the pictures in it, where a call
+    that is given noise does not put them in. prepare: what is set in the plain pipeline before a call.
     """
 
     build: Callable[[], Any]
@@ -38,6 +40,7 @@ class Row:
     frames: int | None = None
     latents: Callable[[Tensor], Tensor] = lambda x: x
     besides: Callable[[Tensor], dict[str, Tensor]] = lambda x: {}
+    begun: Callable[[Any, Tensor, list[Any], PolicySettings], Tensor] = lambda pipe, noise, pics, s: noise
     sources: int = 0
     one_by_one: bool = False
     own_picture: bool = False
@@ -562,8 +565,9 @@ def flux2(kind: str = "Flux2Pipeline") -> Any:
 # ---- LTX-Video
 
 
-def ltx() -> Any:
-    from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+def ltx(kind: str = "LTXPipeline", scaling_factor: float = 0.8) -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
 
     tokens = _t5_tokenizer()
     vae = AutoencoderKLLTXVideo(
@@ -578,11 +582,11 @@ def ltx() -> Any:
         upsample_residual=(False,) * 4,
         upsample_factor=(1, 1, 1, 1),
         patch_size=1,
-        scaling_factor=0.8,
+        scaling_factor=scaling_factor,
     )
     vae.latents_mean.copy_(vae.latents_mean.new_tensor([0.1, -0.2, 0.3, 0.0]))
     vae.latents_std.copy_(vae.latents_std.new_tensor([1.2, 0.8, 1.0, 1.5]))
-    return LTXPipeline(
+    return getattr(diffusers, kind)(
         transformer=LTXVideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
@@ -593,10 +597,20 @@ def ltx() -> Any:
             caption_channels=32,
         ),
         scheduler=flow(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1),
-        vae=vae,
+        vae=certain(vae),
         text_encoder=t5(tokens),
         tokenizer=tokens,
     )
+
+
+def begun(pipeline: Any, noise: Tensor, pictures: list[Any], settings: PolicySettings) -> Tensor:
+    """Noise as a call takes it, with the pictures where the pipeline puts them if it draws that itself."""
+    size = {"height": settings.height, "width": settings.width}
+    shown = pipeline.video_processor.preprocess(pictures, **size)
+    own, given = pipeline.prepare_latents(
+        shown, len(noise), noise.shape[-1], num_frames=settings.frames, dtype=noise.dtype, **size
+    )
+    return torch.where(given[..., None] > 0, own, noise)
 
 
 def ltx2() -> Any:
@@ -1001,6 +1015,16 @@ FAMILIES = {
     ),
     "PixArtSigmaPipeline": Row(pixart, call_pixart, peft_lora=True, prepare=by_ddim),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
+    "LTXImageToVideoPipeline": Row(
+        lambda: ltx("LTXImageToVideoPipeline", 1.0),  # its pipeline knows no factor when it encodes
+        call_scale,
+        size=(32, 64),
+        frames=9,
+        latents=by_token,
+        begun=begun,
+        sources=1,
+        own_picture=True,
+    ),
     "LTX2Pipeline": Row(
         ltx2,
         call_ltx2,

@@ -131,7 +131,8 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
     if pictures:
         call["image"] = pictures if len(pictures) > 1 else pictures[0]
     drawn_noise = initial(prompts, policy.shape, KEY)
-    noise, besides = row.latents(drawn_noise), row.besides(drawn_noise)
+    noise = row.begun(plain, row.latents(drawn_noise), pictures, settings)
+    besides = row.besides(drawn_noise)
     drawn = []
     for part in ([0], [1]) if row.one_by_one else ([0, 1],):
         asked = {"prompt": [TEXTS[i] for i in part], "latents": noise[part]}
@@ -354,11 +355,18 @@ def test_references_are_optional_and_change_the_picture(world):
     assert (without - seen).abs().max() > 1e-4
 
 
-def test_the_first_frame_of_an_image_to_video_is_the_picture(world):
-    """Whatever noise the steps draw, the 5B model ends where its pipeline puts the picture in."""
-    row, _, _, files, _ = world("WanImageToVideoPipeline 5B")
-    policy = policy_of(world, "WanImageToVideoPipeline 5B", Noise("flow", 0.7))
-    one = policy.sample(prompts_for(row, files), Plan(4, (0, 1)), KEY)
-    clean = policy.images(prompts_for(row, files), 4, (1, "other"))
-    assert_close(one.outcome.media[:, 0], clean[:, 0], atol=1e-4, rtol=0)
-    assert (one.outcome.media[:, -1] - clean[:, -1]).abs().max() > 1e-3
+@pytest.mark.parametrize("name", ["WanImageToVideoPipeline 5B", "LTXImageToVideoPipeline"])
+def test_a_video_from_a_picture_ends_with_it_as_its_first_frame(world, name, monkeypatch):
+    """Whatever noise the steps draw; of the latent, as decoders look ahead."""
+    row, _, _, files, _ = world(name)
+    policy, ends = policy_of(world, name, Noise("flow", 0.7)), []
+    decode = policy.adapter.decode
+    monkeypatch.setattr(policy.adapter, "decode", lambda x: ends.append(x.clone()) or decode(x))
+    prompts = prompts_for(row, files)
+    policy.sample(prompts, Plan(4, (0, 1)), KEY)
+    policy.images(prompts, 4, (1, "other"))
+    noisy, clean = ends
+    given = policy._seen(prompts, 1.0).positives()["first"]
+    for end in ends:
+        assert_close(end[:, :, :1], given, atol=1e-5, rtol=1e-5)
+    assert (noisy[:, :, 1:] - clean[:, :, 1:]).abs().max() > 1e-1
