@@ -25,6 +25,7 @@ ADAPTERS = {
     "FluxKontextPipeline": "mmalign.pipelines.flux:FluxKontext",
     "FluxPipeline": "mmalign.pipelines.flux:Flux",
     "HiDreamImagePipeline": "mmalign.pipelines.hidream:HiDream",
+    "HunyuanVideo15ImageToVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo15ImageToVideo",
     "HunyuanVideo15Pipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo15",
     "HunyuanVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo",
     "Flux2KleinPipeline": "mmalign.pipelines.flux2:Flux2Klein",

@@ -50,6 +50,11 @@ MODELS = {
         "its denoiser loads the LoRA, not its pipeline: `transformer.load_lora_adapter(folder, "
         "prefix='transformer', weight_name=...)`",
     ),
+    "HunyuanVideo15ImageToVideoPipeline": (
+        "HunyuanVideo 1.5",
+        "image to video",
+        "one source picture; its LoRA as above; step-distilled models are refused",
+    ),
 }
 
 # Pipeline -> recipes of real checkpoints in assets/recipes/, which `mmalign train --dry-run` checks.
@@ -66,7 +71,7 @@ RECIPES = {
 
 # Families that people ask for and that cannot be trained here yet, and why.
 ABSENT = {
-    "HunyuanVideo and LTX-2 from a picture": "no adapters yet",
+    "HunyuanVideo (the first) and LTX-2 from a picture": "no adapters yet",
 }
 
 HEAD = """

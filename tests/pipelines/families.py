@@ -24,13 +24,12 @@ class Row:
 
     build: its tiny pipeline. settings: of a policy over it. size: of a picture, not square. call: what a call
     of the plain pipeline needs besides, at the settings. latents: ours as a call takes them. besides: what
-    else of them. sources:
-    pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time. own_picture: it
-    takes a picture for each prompt, and else the same for all. negative: it takes a negative prompt.
-    true_guidance: it has another than what the network is told. takes_length: it takes a
-    max_sequence_length. loads_lora: it can load a LoRA, and not just its denoiser. peft_lora: neither can.
-    begun: noise with the pictures in it, where a call
-    that is given noise does not put them in. prepare: what is set in the plain pipeline before a call.
+    else of them. begun: noise with the pictures in it, where a call that is given noise does not put them in.
+    sources: pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time.
+    own_picture: it takes a picture for each prompt, and else the same for all. negative: it takes a negative
+    prompt. true_guidance: it has another than what the network is told. takes_length: it takes a
+    max_sequence_length. takes_size: it is told height and width. loads_lora: it can load a LoRA, and not just
+    its denoiser. peft_lora: neither can. prepare: what is set in the plain pipeline before a call.
     """
 
     build: Callable[[], Any]
@@ -47,6 +46,7 @@ class Row:
     negative: bool = True
     true_guidance: bool = True
     takes_length: bool = True
+    takes_size: bool = True
     loads_lora: bool = True
     peft_lora: bool = False
     prepare: Callable[[Any, PolicySettings], None] = lambda pipeline, settings: None
@@ -449,12 +449,9 @@ def call_hunyuan(settings: PolicySettings) -> dict[str, Any]:
     return {"true_cfg_scale": settings.guidance, "guidance_scale": 6.0}
 
 
-def hunyuan_video15() -> Any:
-    from diffusers import (
-        AutoencoderKLHunyuanVideo15,
-        HunyuanVideo15Pipeline,
-        HunyuanVideo15Transformer3DModel,
-    )
+def hunyuan_video15(kind: str = "HunyuanVideo15Pipeline") -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Transformer3DModel
     from diffusers.guiders import ClassifierFreeGuidance
     from transformers import ByT5Tokenizer, Qwen2_5_VLTextModel
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
@@ -464,7 +461,22 @@ def hunyuan_video15() -> Any:
     config = Qwen2_5_VLTextConfig(
         vocab_size=len(tokens), rope_parameters=rope, **SMALL | {"num_hidden_layers": 3}
     )
-    return HunyuanVideo15Pipeline(
+    given: dict[str, Any] = {}
+    if "Image" in kind:
+        from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+        given["feature_extractor"] = SiglipImageProcessor(size={"height": 32, "width": 32})
+        given["image_encoder"] = SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=12,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=32,
+                patch_size=16,
+            )
+        )
+    return getattr(diffusers, kind)(
         transformer=HunyuanVideo15Transformer3DModel(
             in_channels=9,
             out_channels=4,
@@ -478,7 +490,7 @@ def hunyuan_video15() -> Any:
             image_embed_dim=12,
             rope_axes_dim=(2, 2, 12),
             target_size=64,
-            task_type="t2v",
+            task_type="i2v" if "Image" in kind else "t2v",
         ),
         scheduler=flow(shift=7.0),
         vae=AutoencoderKLHunyuanVideo15(
@@ -496,11 +508,19 @@ def hunyuan_video15() -> Any:
         text_encoder_2=t5(letters),
         tokenizer_2=letters,
         guider=ClassifierFreeGuidance(guidance_scale=6.0),
+        **given,
     )
 
 
 def set_guider(pipeline: Any, settings: PolicySettings) -> None:
     pipeline.guider = pipeline.guider.new(guidance_scale=settings.guidance)
+
+
+def set_guider_and_size(pipeline: Any, settings: PolicySettings) -> None:
+    """Its pipeline chooses the size by the picture's and an area."""
+    set_guider(pipeline, settings)
+    size = settings.height, settings.width
+    pipeline.video_processor.calculate_default_height_width = lambda **_: size
 
 
 # ---- FLUX.2
@@ -1079,6 +1099,17 @@ FAMILIES = {
         takes_length=False,
         loads_lora=False,
         prepare=set_guider,
+    ),
+    "HunyuanVideo15ImageToVideoPipeline": Row(
+        lambda: hunyuan_video15("HunyuanVideo15ImageToVideoPipeline"),
+        lambda s: {},
+        frames=5,
+        sources=1,
+        one_by_one=True,
+        takes_length=False,
+        takes_size=False,
+        loads_lora=False,
+        prepare=set_guider_and_size,
     ),
     "Flux2Pipeline": Row(
         flux2,

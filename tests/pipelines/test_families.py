@@ -122,8 +122,9 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
     row.prepare(plain, settings)
     high, wide = row.size
     pictures = [Image.open(file) for file in files]
-    call = {"height": high, "width": wide, "num_inference_steps": STEPS, "output_type": "pt"}
-    call |= row.call(settings)
+    call = {"num_inference_steps": STEPS, "output_type": "pt"} | row.call(settings)
+    if row.takes_size:
+        call |= {"height": high, "width": wide}
     if row.takes_length:
         call["max_sequence_length"] = settings.max_sequence_length
     if row.frames:
@@ -159,8 +160,8 @@ def test_a_sample_is_that_of_the_plain_pipeline(world, name, guidance):
     assert ours.std() > 1e-2
 
 
-# It reads texts of more than a thousand tokens.
-SLOW = {"HunyuanVideo15Pipeline"}
+# They read texts of more than a thousand tokens.
+SLOW = {"HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"}
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,13 @@ def test_videos_are_decoded_by_parts(world, monkeypatch):
     monkeypatch.setattr(policy.adapter, "decode", lambda x: sizes.append(len(x)) or decode(x))
     assert_close(policy.images(prompts, 2, KEY), whole, atol=1e-6, rtol=0)
     assert sizes == [1, 1]
+
+
+def test_step_distilled_models_of_hunyuan_video_are_refused(world):
+    adapter = policy_of(world, "HunyuanVideo15ImageToVideoPipeline").adapter
+    adapter.pipeline.transformer.register_to_config(use_meanflow=True)
+    with pytest.raises(ValueError, match=r"mean velocity up to a second time.*use_meanflow false"):
+        type(adapter)(adapter.settings, adapter.pipeline)
 
 
 def test_flux2_has_no_true_guidance(world):
