@@ -41,6 +41,11 @@ MODELS = {
     "LTXPipeline": ("LTX-Video", "text to video", "clean latents are decoded"),
     "LTXImageToVideoPipeline": ("LTX-Video", "image to video", "one source picture"),
     "LTX2Pipeline": ("LTX-2", "text to video", "draws its sound with it; rewards see the video"),
+    "LTX2ImageToVideoPipeline": (
+        "LTX-2",
+        "image to video",
+        "one source picture, compressed as its videos were (`mmalign[video]`)",
+    ),
     "CogVideoXPipeline": ("CogVideoX, 1.5", "text to video", "predicts v; sampled by DDIM"),
     "CogVideoXImageToVideoPipeline": ("CogVideoX, 1.5", "image to video", "one source picture"),
     "HunyuanVideoPipeline": ("HunyuanVideo", "text to video", "embedded and true guidance"),
@@ -71,7 +76,11 @@ RECIPES = {
 
 # Families that people ask for and that cannot be trained here yet, and why.
 ABSENT = {
-    "HunyuanVideo (the first) and LTX-2 from a picture": "no adapters yet",
+    "HunyuanVideo (the first) from a picture": (
+        "its pipeline begins with noise that holds a thousandth of the picture; of its two kinds, one "
+        "encodes the negative prompt to another length than the prompt, and one drops the first four frames; "
+        "no adapter yet"
+    ),
 }
 
 HEAD = """

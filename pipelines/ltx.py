@@ -36,6 +36,11 @@ class LTX(Standardized, VideoFamily):
     def temporal(self) -> int:
         return int(self.pipeline.vae_temporal_compression_ratio)
 
+    @property
+    def drawn(self) -> int:
+        """Frames of the latent that are the video's."""
+        return (self.frames - 1) // self.temporal + 1
+
     def encode(self, text: str) -> Condition:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             [text],
@@ -46,10 +51,12 @@ class LTX(Standardized, VideoFamily):
         return {"embeds": embeds[0], "mask": mask[0]}
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        return self.call(network, x, sigma * 1000, condition)
+        return self.call(network, x, sigma, sigma * 1000, condition)
 
-    def call(self, network: nn.Module, x: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """time: [n], or [n, tokens] where places differ."""
+    def call(
+        self, network: nn.Module, x: Tensor, sigma: Tensor, time: Tensor, condition: Condition
+    ) -> Tensor:
+        """time: [n], or [n, tokens] where places of the video differ."""
         frames, high, wide = x.shape[2:]
         velocity: Tensor = network(
             hidden_states=x.flatten(2).transpose(1, 2).to(condition["embeds"].dtype),
@@ -89,11 +96,11 @@ class LTXImageToVideo(LTX):
     def encode_with(self, text: str, pictures: Tensor) -> Condition:
         if len(pictures) > 1:
             raise ValueError(f"a video of LTX begins with one picture, got {len(pictures)} for {text!r}")
-        return {**self.encode(text), "first": self.latents(pictures[:, None])[0]}
+        return {**self.encode(text), "first": self.latents(pictures[:, None])[0][:, :1]}
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         picture = condition["first"]
-        time = (sigma * 1000).reshape(-1, 1, 1, 1).repeat(1, *x.shape[2:])
+        time = (sigma * 1000).reshape(-1, 1, 1, 1).repeat(1, self.drawn, *x.shape[3:])
         time[:, 0] = 0
         seen = torch.cat([picture.to(x.dtype), x[:, :, 1:]], 2)
-        return toward(picture, x, sigma, self.call(network, seen, time.flatten(1), condition))
+        return toward(picture, x, sigma, self.call(network, seen, sigma, time.flatten(1), condition))

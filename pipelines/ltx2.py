@@ -1,7 +1,8 @@
-"""LTX-2, text to video with its sound."""
+"""LTX-2, text or image to video with its sound."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from math import ceil
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines.family import VideoFamily
 from mmalign.pipelines.flow import Condition
-from mmalign.pipelines.ltx import LTX
+from mmalign.pipelines.ltx import LTX, LTXImageToVideo
 
 FRAME_RATE = 24.0  # of a call of the pipeline
 
@@ -36,11 +37,6 @@ class LTX2(LTX):
         return 121 if name == "num_frames" else super().default(name)
 
     # ---- the latent
-
-    @property
-    def drawn(self) -> int:
-        """Frames of the latent that are the video's."""
-        return (self.frames - 1) // self.temporal + 1
 
     @property
     def sound(self) -> tuple[int, int]:
@@ -84,17 +80,20 @@ class LTX2(LTX):
         seen, heard, mask = self.pipeline.connectors(embeds, mask, padding_side=side)
         return {"embeds": seen[0], "heard": heard[0], "mask": mask[0]}
 
-    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+    def call(
+        self, network: nn.Module, x: Tensor, sigma: Tensor, time: Tensor, condition: Condition
+    ) -> Tensor:
         video, sound = self.parted(x)
         frames, high, wide = video.shape[2:]
-        time, dtype = sigma * 1000, condition["embeds"].dtype
+        dtype = condition["embeds"].dtype
         velocity, heard = network(
             hidden_states=video.flatten(2).transpose(1, 2).to(dtype),
             audio_hidden_states=sound.to(dtype),
             encoder_hidden_states=condition["embeds"],
             audio_encoder_hidden_states=condition["heard"],
             timestep=time,
-            sigma=time,
+            audio_timestep=sigma * 1000,
+            sigma=sigma * 1000,
             encoder_attention_mask=condition["mask"],
             audio_encoder_attention_mask=condition["mask"],
             num_frames=frames,
@@ -119,3 +118,31 @@ class LTX2(LTX):
         places = video[0, :, 0].numel()
         silent = video.new_zeros(len(video), ceil(length * size / places) * places)
         return torch.cat([video, torch.unflatten(silent, 1, (video.shape[1], -1, *video.shape[3:]))], 2)
+
+
+class LTX2ImageToVideo(LTXImageToVideo, LTX2):
+    """Adapter of `LTX2ImageToVideoPipeline`: a video that begins with the prompt's picture, and its sound.
+
+    Pictures are compressed as frames of the videos were that the model has seen, after they are fitted to the
+    policy's size, where the pipeline does so before.
+    """
+
+    kind = "LTX2ImageToVideoPipeline"
+
+    def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
+        try:
+            importlib.import_module("av")
+        except ImportError as error:
+            raise ImportError(
+                "policy.model: the pictures of LTX-2's image to video are compressed by av: "
+                "pip install 'mmalign[video]'"
+            ) from error
+        super().__init__(settings, pipeline)
+
+    def encode_with(self, text: str, pictures: Tensor) -> Condition:
+        from diffusers.pipelines.ltx2 import utils
+
+        strength = utils.resolve_default_image_crf(self.pipeline.text_encoder)
+        frames = (pictures * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        seen = [torch.from_numpy(utils.apply_image_conditioning_crf(frame, strength)) for frame in frames]
+        return super().encode_with(text, torch.stack(seen).to(pictures).permute(0, 3, 1, 2) / 255)

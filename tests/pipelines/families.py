@@ -633,13 +633,22 @@ def begun(pipeline: Any, noise: Tensor, pictures: list[Any], settings: PolicySet
     return torch.where(given[..., None] > 0, own, noise)
 
 
-def ltx2() -> Any:
-    from diffusers import (
-        AutoencoderKLLTX2Audio,
-        AutoencoderKLLTX2Video,
-        LTX2Pipeline,
-        LTX2VideoTransformer3DModel,
-    )
+def begun_compressed(pipeline: Any, noise: Tensor, pictures: list[Any], settings: PolicySettings) -> Tensor:
+    """As `begun`, with pictures compressed as a call does it, in the units that a call takes."""
+    import numpy as np
+    from diffusers.pipelines.ltx2 import utils
+    from PIL import Image
+
+    strength = utils.DEFAULT_IMAGE_CRF
+    seen = [utils.apply_image_conditioning_crf(np.array(one.convert("RGB")), strength) for one in pictures]
+    tokens, vae = begun(pipeline, noise, [Image.fromarray(one) for one in seen], settings), pipeline.vae
+    latents = pipeline._unpack_latents(tokens, 3, settings.height // 4, settings.width // 4)
+    return pipeline._denormalize_latents(latents, vae.latents_mean, vae.latents_std)
+
+
+def ltx2(kind: str = "LTX2Pipeline", scaling_factor: float = 0.8) -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
     from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
@@ -657,7 +666,7 @@ def ltx2() -> Any:
         upsample_residual=(False,) * 3,
         upsample_factor=(1, 1, 1),
         patch_size=1,
-        scaling_factor=0.8,
+        scaling_factor=scaling_factor,
     )
     vae.latents_mean.copy_(vae.latents_mean.new_tensor([0.1, -0.2, 0.3, 0.0]))
     vae.latents_std.copy_(vae.latents_std.new_tensor([1.2, 0.8, 1.0, 1.5]))
@@ -671,7 +680,7 @@ def ltx2() -> Any:
             "num_learnable_registers": None,
         }.items()
     }
-    return LTX2Pipeline(
+    return getattr(diffusers, kind)(
         transformer=LTX2VideoTransformer3DModel(
             in_channels=4,
             out_channels=4,
@@ -740,6 +749,11 @@ def call_ltx2(settings: PolicySettings) -> dict[str, Any]:
 def sound_behind(x: Tensor) -> dict[str, Tensor]:
     """Nine tokens of eight numbers behind the three frames of the video."""
     return {"audio_latents": x[:, :, 3:].flatten(1)[:, :72].unflatten(1, (9, 8))}
+
+
+def sound_unpacked(x: Tensor) -> dict[str, Tensor]:
+    """As `sound_behind`, in two channels of four numbers."""
+    return {"audio_latents": sound_behind(x)["audio_latents"].unflatten(2, (2, 4)).transpose(1, 2)}
 
 
 def by_token(x: Tensor) -> Tensor:
@@ -1052,6 +1066,17 @@ FAMILIES = {
         frames=9,
         latents=lambda x: by_token(x[:, :, :3]),
         besides=sound_behind,
+    ),
+    "LTX2ImageToVideoPipeline": Row(
+        lambda: ltx2("LTX2ImageToVideoPipeline", 1.0),  # as of LTXImageToVideoPipeline
+        call_ltx2,
+        size=(32, 64),
+        frames=9,
+        latents=lambda x: by_token(x[:, :, :3]),
+        besides=sound_unpacked,
+        begun=begun_compressed,
+        sources=1,
+        own_picture=True,
     ),
     "Lumina2Pipeline": Row(lumina2, call_scale, {"max_sequence_length": 200}),
     "AuraFlowPipeline": Row(aura_flow, call_scale),

@@ -62,6 +62,18 @@ def mended_texts(monkeypatch):
     monkeypatch.setattr(pipeline_wan_i2v, "ftfy", ftfy, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def compressed_pictures(monkeypatch):
+    """Where there is no av, pictures of LTX-2 are coarsened in place of compressed."""
+    from diffusers.pipelines.ltx2 import utils
+
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        monkeypatch.setitem(sys.modules, "av", types.ModuleType("av"))
+        monkeypatch.setattr(utils, "apply_image_conditioning_crf", lambda image, crf: image // crf * crf)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """`world(name)`: the row, its folder, the plain pipeline, pictures to start from, what was read."""
@@ -332,6 +344,13 @@ def test_videos_are_decoded_by_parts(world, monkeypatch):
     assert sizes == [1, 1]
 
 
+def test_pictures_of_ltx2_need_a_codec(world, monkeypatch):
+    policy_of(world, "LTX2ImageToVideoPipeline")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ImportError, match=r"compressed by av: pip install 'mmalign\[video\]'"):
+        policy_of(world, "LTX2ImageToVideoPipeline")
+
+
 def test_step_distilled_models_of_hunyuan_video_are_refused(world):
     adapter = policy_of(world, "HunyuanVideo15ImageToVideoPipeline").adapter
     adapter.pipeline.transformer.register_to_config(use_meanflow=True)
@@ -363,7 +382,9 @@ def test_references_are_optional_and_change_the_picture(world):
     assert (without - seen).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["WanImageToVideoPipeline 5B", "LTXImageToVideoPipeline"])
+@pytest.mark.parametrize(
+    "name", ["WanImageToVideoPipeline 5B", "LTXImageToVideoPipeline", "LTX2ImageToVideoPipeline"]
+)
 def test_a_video_from_a_picture_ends_with_it_as_its_first_frame(world, name, monkeypatch):
     """Whatever noise the steps draw; of the latent, as decoders look ahead."""
     row, _, _, files, _ = world(name)
