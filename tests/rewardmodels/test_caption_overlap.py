@@ -1,9 +1,10 @@
-"""BLEU, ROUGE-L and CIDEr-D of captions: by hand, and by properties that they must have."""
+"""BLEU, ROUGE-L, CIDEr-D and METEOR of captions: by hand, and by properties that they must have."""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,17 @@ from hypothesis import strategies as st
 
 from mmalign.records import Outcome
 from mmalign.rewardmodels import load
-from mmalign.rewardmodels.caption_overlap import bleu, cider_d, common, overlap, rarity, rouge_l, words
+from mmalign.rewardmodels.caption_overlap import (
+    bleu,
+    cider_d,
+    common,
+    database,
+    meteor,
+    overlap,
+    rarity,
+    rouge_l,
+    words,
+)
 from mmalign.testing import check_reward, prompts_of
 
 SAID, KNOWN = ["a", "cat", "on", "the", "mat"], ["the", "cat", "is", "on", "the", "mat"]
@@ -117,4 +128,59 @@ def test_a_corpus_tells_what_is_rare(tmp_path):
     with pytest.raises(ValueError, match=r"no line of .* has a reference"):
         load("caption_overlap", corpus=str(file))
     with pytest.raises(ValueError, match="measure must be one of cider"):
+        load("caption_overlap", measure="spice")
+
+
+# METEOR
+
+
+def tiny_wordnet(folder: Path, *synsets: tuple[str, ...]) -> Path:
+    """A database of nouns in WordNet's format; a synset is found by the place where its line begins."""
+    folder.mkdir()
+    data = "  1 licence\n"
+    index: dict[str, list[int]] = {}
+    for names in synsets:
+        for name in names:
+            index.setdefault(name, []).append(len(data))
+        listed = " ".join(f"{name} 0" for name in names)
+        data += f"{len(data):08d} 06 n {len(names):02x} {listed} 000 | a thing  \n"
+    rows = [
+        f"{name} n {len(at)} 0 {len(at)} 0 {' '.join(f'{one:08d}' for one in at)}  \n"
+        for name, at in sorted(index.items())
+    ]
+    for part in ("noun", "verb", "adj", "adv"):
+        (folder / f"data.{part}").write_text(data if part == "noun" else "")
+        (folder / f"index.{part}").write_text("".join(rows) if part == "noun" else "")
+        (folder / f"{part}.exc").write_text("men man\n" if part == "noun" else "")
+    return folder
+
+
+def test_meteor_by_hand(tmp_path):
+    pytest.importorskip("nltk", reason="pip install 'mmalign[metrics]'")
+    wordnet = database(tiny_wordnet(tmp_path / "wordnet", ("sofa", "couch", "lounge"), ("man", "adult_male")))
+    said, known = ["a", "dog", "chased", "the", "red", "sofa"], ["the", "dog", "chases", "a", "couch"]
+    # a, dog and the are equal, chased has the stem of chases, sofa a synset with couch: 5 words match. In the
+    # order of the reference only dog and chased follow each other: 4 chunks.
+    p, r, chunks = 5 / 6, 5 / 5, 4
+    f = p * r / (0.9 * p + 0.1 * r)
+    by_hand = (1 - 0.5 * (chunks / 5) ** 3) * f
+    assert meteor(said, [known], wordnet) == pytest.approx(by_hand)
+    assert meteor(said, [["nothing"], known, ["a"]], wordnet) == pytest.approx(by_hand)
+    assert meteor(known, [known], wordnet) == pytest.approx(1 - 0.5 * (1 / 5) ** 3)
+    assert meteor([], [known], wordnet) == 0
+    assert meteor(["men"], [["man"]], wordnet) == 0.5  # by the exceptions; one word is one chunk
+
+
+def test_meteor_is_told_where_wordnet_is(tmp_path):
+    pytest.importorskip("nltk", reason="pip install 'mmalign[metrics]'")
+    folder = tiny_wordnet(tmp_path / "wordnet", ("dog", "hound"))
+    signal = load("caption_overlap", measure="meteor", wordnet=str(folder))(outcome())
+    assert signal.valid[:, 0].tolist() == [True, True, False]
+    assert signal.values[0, 0] == pytest.approx(1 - 0.5 / 27)
+    assert signal.details[1]["meteor"] == pytest.approx((1 - 0.5 / 8) * (2 / 3) / (0.9 * 2 / 3 + 0.1))
+    assert "meteor" not in load("caption_overlap")(outcome()).details[0]
+    with pytest.raises(ValueError, match="meteor needs wordnet"):
         load("caption_overlap", measure="meteor")
+    (folder / "noun.exc").unlink()
+    with pytest.raises(ValueError, match=r"wordnet .* has no noun\.exc"):
+        load("caption_overlap", measure="meteor", wordnet=str(folder))
