@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -235,11 +235,15 @@ class TextSettings:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
 
+Server = Literal["vllm", "sglang"]
+
+
 @dataclass(frozen=True)
 class RolloutSettings:
-    """Another engine that writes the texts of training, behind an OpenAI-compatible endpoint (vLLM)."""
+    """Another engine that writes the texts of training, behind an OpenAI-compatible endpoint."""
 
     url: str = ""  # up to and with the version, http://localhost:8000/v1; empty: the captioner writes itself
+    server: Server = "vllm"  # what answers there: engines load adapters and tell tokens in ways of their own
     model: str = ""  # name by which the server knows the base model; empty: policy.model
     folder: str = ""  # where adapters are written for the server to read, by the same path
     adapter: str = "mmalign"  # beginning of the names of adapters in the server
@@ -256,6 +260,10 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
+        if self.server not in get_args(Server):
+            raise ValueError(f"server must be one of {', '.join(get_args(Server))}, got {self.server!r}")
+        if self.url and not self.url.rstrip("/").endswith("/v1"):
+            raise ValueError(f"url must end in the version, /v1, got {self.url!r}")
         if self.url and not self.folder:
             raise ValueError("folder must name where adapters are written for the server to read")
         for name in ("retries", "pause"):

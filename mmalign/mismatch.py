@@ -1,6 +1,6 @@
 """Actions that another engine drew: how far it was from the policy, and the correction of the loss for it.
 
-An engine that writes faster (vLLM) computes in other kernels and at another precision, so that what it draws
+An engine that writes faster (vLLM, SGLang) computes in other kernels and at another precision: what it draws
 comes from b and not from the policy p that it stands for. Truncated importance weights
 
     w = min(p / b, cap)

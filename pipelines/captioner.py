@@ -44,6 +44,8 @@ from mmalign.records import (
 )
 
 Inputs = Mapping[str, Tensor]  # what a model reads of one picture and prompt, without a batch dimension
+# Servers take what a request leaves open from the model's generation_config.
+UNCUT = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 WEIGHTS = "model"  # folder of the weights where all of them are trained
 
 
@@ -219,6 +221,7 @@ class CaptionPolicy:
                 body: dict[str, Any] = {
                     "messages": [{"role": "user", "content": content}],
                     "temperature": self.text.temperature,
+                    **UNCUT,
                     "max_tokens": self.text.max_tokens,
                     "logit_bias": {str(number): -100 for number in self.adapter.banned},
                 }
@@ -247,7 +250,8 @@ class CaptionPolicy:
                 f"policy.rollout: log-probabilities of the server differ from those of this policy by "
                 f"{gap:.3g} in the mean, more than policy.rollout.limit={rollout.limit:g}: it did not take "
                 "the adapter, reads other pictures, or tells log-probabilities before temperature and "
-                "logit_bias (vLLM: --logprobs-mode processed_logprobs)"
+                "logit_bias (vLLM needs --logprobs-mode processed_logprobs, SGLang an environment without "
+                "SGLANG_RETURN_ORIGINAL_LOGPROB)"
             )
         return replace(trajectory, log_prob=likely, behavior=Behavior(trajectory.log_prob, rollout.cap))
 

@@ -36,11 +36,14 @@ TEXT = TextSettings(max_tokens=8)
 
 
 class Engine:
-    """An OpenAI-compatible server with adapters that are loaded while it runs.
+    """An OpenAI-compatible server with adapters that are loaded while it runs, as vLLM.
 
     deaf: it says that it loads adapters, and goes on with the base model. heat: of what it draws from, beside
     what is asked. slow: seconds before each text. broken: statuses of the next answers.
     """
+
+    kind = "vllm"
+    adapters_at = "/v1"  # where adapters are loaded
 
     def __init__(self, folder: Path, place: Path) -> None:
         self.model, self.place = folder, place
@@ -53,7 +56,8 @@ class Engine:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply(200, {"data": [{"id": name} for name in engine.adapters]})
+                found = {"data": [{"id": name} for name in engine.adapters]}
+                self.reply(*((200, found) if self.path == "/v1/models" else (404, {"detail": "Not Found"})))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -61,8 +65,15 @@ class Engine:
                     if engine.broken:
                         self.reply(engine.broken.pop(0), {"error": "not now"})
                         return
-                    name = self.path.rpartition("/v1/")[2].replace("/", "_")
-                    self.reply(200, getattr(engine, name)(body))
+                    routes = {
+                        "/v1/chat/completions": engine.chat_completions,
+                        f"{engine.adapters_at}/load_lora_adapter": engine.load_lora_adapter,
+                        f"{engine.adapters_at}/unload_lora_adapter": engine.unload_lora_adapter,
+                    }
+                    if self.path not in routes:
+                        self.reply(404, {"detail": "Not Found"})
+                        return
+                    self.reply(200, routes[self.path](body))
 
             def reply(self, status: int, content: Any) -> None:
                 try:
@@ -81,7 +92,7 @@ class Engine:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
-    def load_lora_adapter(self, body: dict[str, Any]) -> str:
+    def load_lora_adapter(self, body: dict[str, Any]) -> Any:
         policy = policy_of(self.model, TEXT)
         if not self.deaf:
             policy.load(Path(body["lora_path"]))
@@ -89,14 +100,15 @@ class Engine:
         self.paths.append((body["lora_name"], body["lora_path"]))
         return "Success"
 
-    def unload_lora_adapter(self, body: dict[str, Any]) -> str:
+    def unload_lora_adapter(self, body: dict[str, Any]) -> Any:
         del self.adapters[body["lora_name"]]
         return "Success"
 
     def chat_completions(self, body: dict[str, Any]) -> dict[str, Any]:
         time.sleep(self.slow)
         self.bodies.append(body)
-        policy = self.adapters[body["model"]]
+        assert [body[name] for name in ("top_p", "top_k", "min_p", "repetition_penalty")] == [1, -1, 0, 1]
+        policy = self.adapters[self.adapter_of(body["model"])]
         image, text = body["messages"][0]["content"]
         file = self.place / f"{len(self.bodies)}.png"
         file.write_bytes(base64.b64decode(image["image_url"]["url"].partition(",")[2]))
@@ -107,9 +119,57 @@ class Engine:
         drawn = policy.sample(one, Plan(1), (body["seed"],))
         count = int(drawn.mask.sum())
         read = policy._inputs(text["text"], str(file))["input_ids"].shape[1] + self.extra_prompt
-        said = [{"token": "", "logprob": value} for value in drawn.log_prob[0, :count].tolist()]
-        choice = {"token_ids": drawn.replay["token"][0, :count].tolist(), "logprobs": {"content": said}}
-        return {"choices": [choice], "prompt_token_ids": [0] * read}
+        return self.answer(
+            body, drawn.replay["token"][0, :count].tolist(), drawn.log_prob[0, :count].tolist(), read
+        )
+
+    def adapter_of(self, model: str) -> str:
+        return model
+
+    def answer(
+        self, body: dict[str, Any], token: list[int], likely: list[float], read: int
+    ) -> dict[str, Any]:
+        """Ids beside the text and beside the choices, where they are asked for."""
+        choice: dict[str, Any] = {"index": 0, "logprobs": listed(likely)}
+        asked_for = body.get("return_token_ids", False)
+        told = {"prompt_token_ids": [0] * read} if asked_for else {}
+        return {"choices": [choice | ({"token_ids": token} if asked_for else {})], **told}
+
+
+class SGLangEngine(Engine):
+    """The same as SGLang: adapters are loaded beside the version and named after a colon.
+
+    Ids are told with their log-probabilities in what the engine says of a text, and nowhere else.
+    """
+
+    kind = "sglang"
+    adapters_at = ""
+
+    def load_lora_adapter(self, body: dict[str, Any]) -> Any:
+        super().load_lora_adapter(body)
+        return {"success": True, "error_message": "", "loaded_adapters": dict(self.paths)}
+
+    def unload_lora_adapter(self, body: dict[str, Any]) -> Any:
+        super().unload_lora_adapter(body)
+        return {"success": True, "error_message": "", "loaded_adapters": {}}
+
+    def adapter_of(self, model: str) -> str:
+        base, _, adapter = model.partition(":")
+        assert base == "base"
+        return adapter or base
+
+    def answer(
+        self, body: dict[str, Any], token: list[int], likely: list[float], read: int
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "logprobs": listed(likely)}
+        if body.get("return_meta_info", False):
+            triples = [[value, number, None] for value, number in zip(likely, token, strict=True)]
+            choice["meta_info"] = {"prompt_tokens": read, "output_token_logprobs": triples}
+        return {"choices": [choice], "usage": {"prompt_tokens": read, "completion_tokens": len(token)}}
+
+
+def listed(likely: list[float]) -> dict[str, Any]:
+    return {"content": [{"token": "", "logprob": value, "top_logprobs": []} for value in likely]}
 
 
 @pytest.fixture(scope="module")
@@ -123,18 +183,29 @@ def files(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture
-def engine(folder, tmp_path) -> Iterator[Engine]:
-    made = Engine(folder, tmp_path)
+def engine(request, folder, tmp_path) -> Iterator[Engine]:
+    made: Engine = getattr(request, "param", Engine)(folder, tmp_path)
     yield made
     made.http.shutdown()
     made.http.server_close()
 
 
+both = pytest.mark.parametrize("engine", [Engine, SGLangEngine], indirect=True)
+
+
 def served(engine: Engine, **settings: Any) -> CaptionPolicy:
-    given = {"pause": 0.0, "retries": 1, "folder": str(engine.place / "adapters"), "parallel": 4} | settings
-    return policy_of(engine.model, TEXT, rollout=RolloutSettings(engine.url, "base", **given))
+    given = {
+        "server": engine.kind,
+        "model": "base",
+        "pause": 0.0,
+        "retries": 1,
+        "folder": str(engine.place / "adapters"),
+        "parallel": 4,
+    } | settings
+    return policy_of(engine.model, TEXT, rollout=RolloutSettings(engine.url, **given))
 
 
+@both
 def test_texts_are_the_servers_and_log_probabilities_of_both_are_kept(engine, files):
     policy, prompts = served(engine), asked(files)
     stir(policy)
@@ -145,13 +216,14 @@ def test_texts_are_the_servers_and_log_probabilities_of_both_are_kept(engine, fi
         now = policy.evaluate(trajectory, pick).log_prob
         assert_close(now, trajectory.log_prob[pick.rows, pick.columns], atol=2e-5, rtol=0)
     assert len({body["seed"] for body in engine.bodies}) == len(prompts)
-    assert all(body["model"] == engine.paths[-1][0] for body in engine.bodies)
+    assert {engine.adapter_of(body["model"]) for body in engine.bodies} == {engine.paths[-1][0]}
     assert {int(i) for body in engine.bodies for i in body["logit_bias"]} == set(policy.adapter.banned)
     again = policy.sample(prompts, Plan(1), KEY)
     assert again.outcome.media == trajectory.outcome.media
     assert policy.forwards.sample == 0
 
 
+@both
 def test_the_server_gets_new_weights_when_there_are_new_ones(engine, files):
     policy, prompts = served(engine), asked(files, 1)
     policy.sample(prompts, Plan(1), KEY)
@@ -167,12 +239,35 @@ def test_the_server_gets_new_weights_when_there_are_new_ones(engine, files):
     assert_close(moved.log_prob, moved.behavior.log_prob, atol=1e-5, rtol=0)
 
 
+@both
 def test_a_server_that_keeps_old_weights_stops_the_run(engine, files):
     policy = served(engine, limit=0.05)
     engine.deaf = True
     stir(policy)
     with pytest.raises(RolloutError, match="it did not take the adapter"):
         policy.sample(asked(files), Plan(1), KEY)
+
+
+@pytest.mark.parametrize(
+    ("engine", "server", "said"),
+    [
+        (SGLangEngine, "vllm", "/v1/load_lora_adapter gave no answer: status 404"),
+        (Engine, "sglang", r":\d+/load_lora_adapter gave no answer: status 404"),
+    ],
+    indirect=["engine"],
+)
+def test_a_server_of_another_kind_is_an_error(engine, files, server, said):
+    with pytest.raises(RolloutError, match=said):
+        served(engine, server=server).sample(asked(files, 1), Plan(1), KEY)
+
+
+@both
+def test_a_server_that_does_not_tell_tokens_is_an_error(engine, files):
+    tell = engine.answer
+    engine.answer = lambda body, *told: tell({}, *told)
+    needs = {"vllm": "return_token_ids", "sglang": "return_meta_info"}[engine.kind]
+    with pytest.raises(RolloutError, match=f"of the kind '{engine.kind}' must know {needs}"):
+        served(engine).sample(asked(files, 1), Plan(1), KEY)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +308,9 @@ def test_a_run_does_not_begin_without_its_server(tmp_path, monkeypatch, capsys):
 
 
 def test_what_the_server_does_not_serve_or_read_alike_is_said(engine, files):
-    policy = policy_of(engine.model, TEXT, rollout=RolloutSettings(engine.url, "other", str(engine.place)))
+    policy = policy_of(
+        engine.model, TEXT, rollout=RolloutSettings(engine.url, model="other", folder=str(engine.place))
+    )
     with pytest.raises(RolloutError, match="serves base, not other"):
         policy.check(asked(files))
     engine.extra_prompt = 3
@@ -225,7 +322,7 @@ def test_a_clip_and_a_model_without_chat_are_refused(engine, files, tmp_path):
     prompts = replace(asked(files, 1), extra=[{"video": [files[0]]}] * 2)
     with pytest.raises(ValueError, match="pictures, not videos"):
         served(engine).sample(prompts, Plan(1), KEY)
-    rollout = RolloutSettings(engine.url, "base", str(tmp_path))
+    rollout = RolloutSettings(engine.url, model="base", folder=str(tmp_path))
     with pytest.raises(ValueError, match="no chat template"):
         policy_of(tiny_captioner("BLIP", tmp_path / "blip"), rollout=rollout)
     for wrong in ({"lora": LoraSettings(rank=0)}, {"text": TextSettings(top_p=0.9)}):
@@ -236,11 +333,13 @@ def test_a_clip_and_a_model_without_chat_are_refused(engine, files, tmp_path):
         ("cap", 0.0),
         ("retries", -1),
         ("url", "localhost"),
+        ("url must end in the version", "http://localhost:30000"),
+        ("server must be one of vllm, sglang", "tgi"),
         ("timeout", 0.0),
         ("folder", ""),
     ):
         with pytest.raises(ValueError, match=name):
-            replace(rollout, **{name: value})
+            replace(rollout, **{name.partition(" ")[0]: value})
 
 
 # The correction
@@ -260,7 +359,7 @@ def drawn(log_prob: list[list[float]], behavior: list[list[float]], cap: float =
 
 
 def test_a_model_that_draws_has_no_use_for_it(tmp_path):
-    rollout = RolloutSettings("http://localhost:1/v1", "", str(tmp_path))
+    rollout = RolloutSettings("http://localhost:1/v1", folder=str(tmp_path))
     with pytest.raises(ValueError, match=r"policy\.rollout is of captioners"):
         load(PolicySettings(str(ROOT / "assets/lab/flow"), rollout=rollout), Noise())
 
@@ -336,6 +435,7 @@ def test_the_gradient_is_weighted(engine, files):
     assert cut["grad_norm"] == pytest.approx(1e-3 * alike["grad_norm"], rel=1e-3)
 
 
+@both
 def test_a_run_with_an_engine_that_draws_otherwise(engine, files):
     engine.heat = 1.3
     trainer = trainer_of(served(engine, limit=1.0, cap=1.5), files)
