@@ -28,6 +28,7 @@ REWARDS = {
     "conse": "mmalign.rewardmodels.conse:ConSE",
     "contrast": "mmalign.rewardmodels.statistics:Contrast",
     "dcscore": "mmalign.rewardmodels.caption_units:DCScore",
+    "descore": "mmalign.rewardmodels.descore:DeScore",
     "dino_similarity": "mmalign.rewardmodels.dino:DinoSimilarity",
     "edit_consistency": "mmalign.rewardmodels.edit_consistency:EditConsistency",
     "edit_harness": "mmalign.rewardmodels.edit_harness:EditHarness",

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Where runs are put together out of their parts.
 EDGE = (
     r"mmalign\.(captioning|assembly|judging|planning|question_filter|subjects|config|cli|experiments|results"
-    r"|best_of_n)"
+    r"|best_of_n|descore_training)"
 )
 DRAWS = r"mmalign\.(pipelines\b.*|testing|lab\.pretrain\w*)"
 REWARDS = r"mmalign\.rewardmodels\b.*"

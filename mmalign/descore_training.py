@@ -1,0 +1,528 @@
+"""How DeScore learns (arXiv:2605.05922): first to score thoughts that are given, then to think.
+
+Stage 1, discriminative cold start. With given reasoning c, for both videos of a pair or, with probability
+`hide`, for neither:
+
+    L1 = -log sigmoid(s(x+, c+) - s(x-, c-)),   0 for ties
+
+Stage 2, both objectives on the model's own thoughts, several for each video:
+
+    r  = .7 accuracy + .1 format + .2 length         of a thought
+    L2 = GRPO(r) + beta KL(model | stage 1) + 5e-3 * mean over rollouts of L1
+
+accuracy: share of the dimensions of a video to which the thought gives the score of the label. Length: .2 for
+every 500 characters, and 1 instead of .8 from 2000 on, as in the public code. LoRA, head and the embedding of
+the one new token learn; all else is frozen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmalign.contracts import LoraSettings
+from mmalign.copies import Copies
+from mmalign.credit import zscore
+from mmalign.objectives import REFERENCE, clipped_gain, divergence
+from mmalign.pictures import Clip, frames_of, missing_video
+from mmalign.pipelines.captioner import saved_name
+from mmalign.pipelines.flow import add_lora, take
+from mmalign.pipelines.videos import open_video
+from mmalign.pipelines.vlm import LINEAR, linears
+from mmalign.randomness import generator, seed_of
+from mmalign.records import Evaluation
+from mmalign.rewardmodels.descore import (
+    ADAPTER,
+    ADAPTER_SAID,
+    Inputs,
+    Thinker,
+    Thought,
+    answer_of,
+    settings_of,
+)
+
+PAIRS = "pairs.jsonl"
+Loss = Literal["bradley_terry", "margin", "tie_aware"]
+MARGIN, TIE = 0.57, math.log(5.0)
+KEPT = 512  # videos whose inputs are kept
+Log = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One video of a pair. reasoning: given, "" for none; scores: of its dimensions, empty where unknown."""
+
+    video: Clip
+    reasoning: str
+    scores: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two videos for one prompt. kind: what they differ in, for tables alone."""
+
+    prompt: str
+    chosen: Side
+    rejected: Side
+    tie: bool = False
+    kind: str = ""
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.chosen, self.rejected
+
+
+def read_pairs(folder: Path) -> list[Pair]:
+    """The pairs of `folder/pairs.jsonl`, videos beside it; ValueError names the line that is wrong.
+
+    A line: {"prompt": ..., "chosen": {"video": ..., "reasoning": ..., "scores": {...}}, "rejected": {...},
+    "tie": false, "kind": ...}; only prompt and both videos are needed.
+    """
+    file = folder / PAIRS
+    if not file.is_file():
+        raise ValueError(f"{folder}: has no {PAIRS}; scripts/descore.py pairs writes one")
+    pairs = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            chosen, rejected = (_side(row[name], folder) for name in ("chosen", "rejected"))
+            tie, kind = bool(row.get("tie", False)), str(row.get("kind", ""))
+            found = Pair(str(row["prompt"]), chosen, rejected, tie, kind)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file}:{number}: needs a prompt, and chosen and rejected videos: {error!r}"
+            ) from error
+        pairs.append(found)
+    if not pairs or all(pair.tie for pair in pairs):
+        raise ValueError(f"{file}: needs pairs, and not ties alone")
+    return pairs
+
+
+def _side(row: Mapping[str, object], folder: Path) -> Side:
+    place = folder / str(row["video"])
+    if why := missing_video(str(place)):
+        raise ValueError(why)
+    scores = row.get("scores", {})
+    if not isinstance(scores, dict):
+        raise ValueError("scores must be a number for each dimension")
+    return Side(Clip(str(place)), str(row.get("reasoning", "")), {k: int(v) for k, v in scores.items()})
+
+
+# ---- formulas
+
+
+def preference_loss(chosen: Tensor, rejected: Tensor, tie: Tensor, kind: Loss = "bradley_terry") -> Tensor:
+    """Of pairs of scores [n], with tie [n] bool; [n].
+
+    bradley_terry: -log sigmoid(d), 0 for ties. margin: the same with d - 0.57. tie_aware (Rao and Kupper
+    1967, k = 5): -log sigmoid(d - log k), and for a tie also -log sigmoid(-d - log k).
+    """
+    gap = chosen - rejected
+    if kind == "tie_aware":
+        return -F.logsigmoid(gap - TIE) - F.logsigmoid(-gap - TIE) * tie
+    return -F.logsigmoid(gap - (MARGIN if kind == "margin" else 0.0)) * ~tie
+
+
+def accuracy(said: Mapping[str, int] | None, scores: Mapping[str, int]) -> float:
+    """The share of the labeled dimensions that a thought gives the right score; 0 without an answer."""
+    if not scores:
+        return 0.0
+    return sum((said or {}).get(name) == score for name, score in scores.items()) / len(scores)
+
+
+def length_reward(characters: int, step: int = 500) -> float:
+    """0, .2, .4, .6 from 0, 1, 2, 3 steps of characters on, and 1 from 4 steps on."""
+    steps = characters // step
+    return 1.0 if steps >= 4 else 0.2 * steps
+
+
+def thought_reward(text: str, scores: Mapping[str, int], step: int = 500) -> float:
+    """What a thought on a video with these scores is worth, in [0, 1]."""
+    said = answer_of(text)
+    return 0.7 * accuracy(said, scores) + 0.1 * (said is not None) + 0.2 * length_reward(len(text), step)
+
+
+def hidden_pairs(count: int, hide: float, draws: torch.Generator) -> list[bool]:
+    """For each pair whether the reasoning of both its videos is hidden."""
+    return (torch.rand(count, generator=draws) < hide).tolist()
+
+
+# ---- training
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Stage 1; numbers of the paper, for a model of 8B."""
+
+    steps: int = 1000
+    batch: int = 16  # pairs at once
+    lr: float = 2e-6  # raise it for small models and heads that begin from nothing
+    warmup: float = 0.05  # share of the steps
+    hide: float = 0.5  # pairs that are scored without reasoning; 0 trains no `think: false`
+    loss: Loss = "bradley_terry"
+    rank: int = 64
+    alpha: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("cold start", steps=self.steps, batch=self.batch, lr=self.lr, rank=self.rank)
+        if not 0 <= self.hide <= 1 or not 0 <= self.warmup <= 1:
+            raise ValueError(f"hide and warmup lie in 0..1, got {self.hide}, {self.warmup}")
+        if self.loss not in (known := get_args(Loss)):
+            raise ValueError(f"loss must be one of {', '.join(known)}, got {self.loss!r}")
+
+
+@dataclass(frozen=True)
+class DualRL:
+    """Stage 2; numbers of the paper, for a model of 8B."""
+
+    steps: int = 200
+    batch: int = 8  # pairs at once; both videos are thought about
+    rollouts: int = 8  # thoughts on each video
+    minibatch: int = 2  # pairs of one update, with all their rollouts
+    lr: float = 1e-6
+    clip: float = 0.2
+    kl: float = 1e-5  # raise it where thoughts lose their language
+    weight: float = 5e-3  # of the preference loss
+    length_step: int = 500  # characters of a fifth of the length reward; invites padding, watch `length`
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive("dual rl", steps=self.steps, batch=self.batch, lr=self.lr, minibatch=self.minibatch)
+        _positive("dual rl", length_step=self.length_step, clip=self.clip)
+        if self.rollouts < 2:
+            raise ValueError(f"rollouts are compared with each other: 2 or more, got {self.rollouts}")
+        if self.kl < 0 or self.weight < 0:
+            raise ValueError(f"kl and weight must be 0 or more, got {self.kl}, {self.weight}")
+
+
+def _positive(stage: str, **numbers: float) -> None:
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{stage}: {name} must be above 0, got {number}")
+
+
+class Student:
+    """A judge that learns: adapters on its language model, its head, and the one row."""
+
+    def __init__(self, judge: Thinker, rank: int, alpha: int, seed: int = 0) -> None:
+        self.judge, self.rank, self.alpha = judge, rank, alpha
+        self.targets = linears(judge.network, LINEAR)
+        add_lora(judge.network, LoraSettings(rank, alpha), self.targets, seed)
+        self.adapter = {name: p for name, p in judge.network.named_parameters() if p.requires_grad}
+        judge.head.requires_grad_(True)
+        judge.row.requires_grad_(True)
+        self._inputs: dict[tuple[str, Clip], Inputs] = {}
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        return [*self.adapter.values(), self.judge.head.weight, self.judge.row]
+
+    @classmethod
+    def load(cls, folder: Path) -> Student:
+        """What `save` wrote, to be trained further."""
+        from safetensors.torch import load_file
+
+        judge = Thinker(settings_of(str(folder)))
+        judge.take(folder)
+        said = json.loads((folder / ADAPTER_SAID).read_text())
+        student = cls(judge, said["r"], said["lora_alpha"])
+        live = {saved_name(name): p for name, p in student.adapter.items()}
+        with torch.no_grad():
+            take(live, load_file(folder / ADAPTER), folder)
+        return student
+
+    def save(self, folder: Path) -> None:
+        """A folder that the reward `descore` reads; the adapter also loads in peft."""
+        from safetensors.torch import save_file
+
+        self.judge.save(folder)
+        said = {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": self.targets,
+            "base_model_name_or_path": self.judge.settings.model,
+            "inference_mode": True,
+        }
+        (folder / ADAPTER_SAID).write_text(json.dumps(said, indent=2) + "\n")
+        layers = {saved_name(name): p.detach().cpu().contiguous() for name, p in self.adapter.items()}
+        save_file(layers, folder / ADAPTER, {"format": "pt"})
+
+    def asked(self, pairs: Sequence[Pair]) -> list[Inputs]:
+        """What the judge reads of pairs, chosen and rejected in turn; it is kept as long as there is room."""
+        found = []
+        for pair in pairs:
+            for side in pair.sides:
+                name = (pair.prompt, side.video)
+                if name not in self._inputs:
+                    if len(self._inputs) >= KEPT:
+                        self._inputs.clear()
+                    self._inputs[name] = look(self.judge, *name)
+                found.append(self._inputs[name])
+        return found
+
+
+def look(judge: Thinker, prompt: str, video: Clip) -> Inputs:
+    """What a judge reads of a video and its prompt; of a file, as many frames as it was made for."""
+    film = open_video(video, judge.settings.frames if frames_of(video.place) is None else None)
+    shown = torch.from_numpy(np.stack([np.asarray(frame) for frame in film.frames]))
+    return judge.encode(shown.permute(0, 3, 1, 2).float() / 255, prompt)
+
+
+def batches(pairs: Sequence[Pair], size: int, seed: int, purpose: str) -> Iterator[list[Pair]]:
+    """Endless batches, every pair once in each round; smaller than `size` where there are fewer pairs."""
+    order: list[int] = []
+    for turn in range(2**31):
+        draws = generator(seed, purpose, turn)
+        order += torch.randperm(len(pairs), generator=draws).tolist()
+        while len(order) >= min(size, len(pairs)):
+            yield [pairs[i] for i in order[:size]]
+            order = order[size:]
+
+
+def cold_start(
+    student: Student, pairs: Sequence[Pair], settings: ColdStart, log: Log = lambda row: None
+) -> None:
+    """Stage 1: the head learns to score given thoughts, and videos without them."""
+    judge = student.judge
+    if not any(side.reasoning for pair in pairs for side in pair.sides):
+        raise ValueError("the cold start reads given reasoning, and no pair has any")
+    given = {side.video: judge.spell(side.reasoning) for pair in pairs for side in pair.sides}
+    optimizer = torch.optim.AdamW(student.learned, settings.lr, weight_decay=0.0)
+    feed = batches(pairs, settings.batch, settings.seed, "cold start")
+    for step in range(settings.steps):
+        optimizer.param_groups[0]["lr"] = settings.lr * min(
+            1.0, (step + 1) / max(1, round(settings.warmup * settings.steps))
+        )
+        some = next(feed)
+        hidden = hidden_pairs(len(some), settings.hide, generator(settings.seed, "hide", step))
+        thoughts = [
+            () if hide else given[side.video]
+            for pair, hide in zip(some, hidden, strict=True)
+            for side in pair.sides
+        ]
+        score = judge.read(student.asked(some), thoughts).score.reshape(-1, 2)
+        tie = torch.tensor([pair.tie for pair in some], device=score.device)
+        loss = preference_loss(score[:, 0], score[:, 1], tie, settings.loss).mean()
+        norm = _step(optimizer, student, loss)
+        right = (score[:, 0] > score[:, 1])[~tie].float()
+        log({"step": step + 1, "loss": loss.item(), "right": right.mean().item(), "norm": norm})
+
+
+def dual_rl(student: Student, pairs: Sequence[Pair], settings: DualRL, log: Log = lambda row: None) -> None:
+    """Stage 2: thoughts learn by their reward, the head by preferences on them."""
+    judge = student.judge
+    if lacking := next((pair for pair in pairs for side in pair.sides if not side.scores), None):
+        raise ValueError(f"dual rl needs scores of both videos, and {lacking.prompt!r} has none")
+    copies = Copies(nn.ParameterList(student.learned))
+    copies.save(REFERENCE)
+    optimizer = torch.optim.AdamW(student.learned, settings.lr, weight_decay=0.0)
+    feed = batches(pairs, settings.batch, settings.seed, "dual rl")
+    for step in range(settings.steps):
+        some = next(feed)
+        rolled = roll(student, some, settings, seed_of(settings.seed, "thoughts", step) % 2**31)
+        found: list[dict[str, float]] = []
+        for first in range(0, len(some), settings.minibatch):
+            part, reference = rolled.take(first, settings.minibatch), None
+            if settings.kl:
+                with torch.no_grad(), copies.use(REFERENCE):
+                    reference = likely(judge, part.asked, part.thoughts, part.token)[0]
+            loss, row = dual_loss(judge, part, reference, settings)
+            found.append({**row, "norm": _step(optimizer, student, loss)})
+        mean = {name: float(np.nanmean([row[name] for row in found])) for name in found[0]}
+        log({"step": step + 1, **rolled.measures, **mean})
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """Thoughts on both videos of P pairs: rollout i on a side of pair p is row (2 p + side) * rollouts + i.
+
+    asked, thoughts: [N]. advantage: [N]. tie: [P]. token, mask: [N, T], the thoughts with what ended them,
+    True where there is one. old: [N, T], their log-probabilities as they were drawn.
+    """
+
+    asked: list[Inputs]
+    thoughts: list[Thought]
+    advantage: Tensor
+    tie: Tensor
+    token: Tensor
+    mask: Tensor
+    old: Tensor
+    measures: Mapping[str, float]
+
+    def take(self, first: int, size: int) -> Rolled:
+        """`size` pairs from the `first` on, with all their thoughts."""
+        each = len(self.asked) // len(self.tie)
+        rows, pairs = slice(first * each, (first + size) * each), slice(first, first + size)
+        return replace(
+            self,
+            asked=self.asked[rows],
+            thoughts=self.thoughts[rows],
+            advantage=self.advantage[rows],
+            tie=self.tie[pairs],
+            token=self.token[rows],
+            mask=self.mask[rows],
+            old=self.old[rows],
+        )
+
+
+@torch.no_grad()
+def roll(student: Student, pairs: Sequence[Pair], settings: DualRL, seed: int) -> Rolled:
+    """Draws thoughts at temperature 1 and compares those on one video with each other."""
+    judge, count = student.judge, settings.rollouts
+    asked = [one for one in student.asked(pairs) for _ in range(count)]
+    sides = [side for pair in pairs for side in pair.sides for _ in range(count)]
+    thoughts = judge.think(asked, 1.0, seed)
+    texts = [judge.words(thought.tokens) for thought in thoughts]
+    reward = torch.tensor(
+        [
+            thought_reward(text, side.scores, settings.length_step)
+            for text, side in zip(texts, sides, strict=True)
+        ]
+    )
+    group = torch.arange(len(sides)) // count
+    advantage = zscore(reward[:, None], torch.ones(len(sides), 1, dtype=torch.bool), group, True)[:, 0]
+    device = judge.network.device
+    token, mask = laid_out(thoughts, device)
+    old = torch.cat(
+        [
+            likely(judge, asked[i : i + count], thoughts[i : i + count], token[i : i + count])[0]
+            for i in range(0, len(asked), count)
+        ]
+    )
+    said = [answer_of(text) for text in texts]
+    right = [accuracy(one, side.scores) for one, side in zip(said, sides, strict=True)]
+    measures = {
+        "reward": reward.mean().item(),
+        "accuracy": sum(right) / len(right),
+        "format": sum(one is not None for one in said) / len(said),
+        "characters": sum(map(len, texts)) / len(texts),
+        "cut_off": sum(thought.end is None for thought in thoughts) / len(thoughts),
+    }
+    tie = torch.tensor([pair.tie for pair in pairs], device=device)
+    return Rolled(asked, thoughts, advantage.float().to(device), tie, token, mask, old, measures)
+
+
+def laid_out(thoughts: Sequence[Thought], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [N, T] of thoughts, each with the token that ended it."""
+    rows = [[*one.tokens, *([] if one.end is None else [one.end])] for one in thoughts]
+    length = max(1, *map(len, rows))
+    token = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows], device=device)
+    return token, mask
+
+
+def likely(
+    judge: Thinker, asked: Sequence[Inputs], thoughts: Sequence[Thought], token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens [N, T] along thoughts, without meaning after their ends, and scores [N]."""
+    reading = judge.read(asked, [thought.tokens for thought in thoughts], along=True)
+    length = token.shape[1]
+    hidden = F.pad(reading.hidden, (0, 0, 0, max(0, length - reading.hidden.shape[1])))[:, :length]
+    return judge.log_probs(hidden, token), reading.score
+
+
+def dual_loss(
+    judge: Thinker, rolled: Rolled, reference: Tensor | None, settings: DualRL
+) -> tuple[Tensor, dict[str, float]]:
+    """L2 of some pairs; reference: log-probabilities [N, T] of stage 1, None without a pull to it."""
+    new, score = likely(judge, rolled.asked, rolled.thoughts, rolled.token)
+    new = torch.where(rolled.mask, new, 0.0)
+    old = torch.where(rolled.mask, rolled.old, 0.0)
+    log_ratio = new - old
+    loss = -clipped_gain(log_ratio, rolled.advantage[:, None], settings.clip, settings.clip)
+    measures = {"ratio": log_ratio.detach().exp()[rolled.mask].mean().item()}
+    if reference is not None:
+        away = divergence(Evaluation(new), Evaluation(torch.where(rolled.mask, reference, 0.0)))
+        loss = loss + settings.kl * away
+        measures["kl"] = away.detach()[rolled.mask].mean().item()
+    policy = loss[rolled.mask].mean()
+    chosen, rejected = score.reshape(len(rolled.tie), 2, -1).unbind(1)
+    preference = preference_loss(chosen, rejected, rolled.tie[:, None]).mean()
+    right = (chosen > rejected)[~rolled.tie].float()
+    measures |= {"preference": preference.item(), "right": right.mean().item() if len(right) else math.nan}
+    return policy + settings.weight * preference, measures
+
+
+def _step(optimizer: torch.optim.Optimizer, student: Student, loss: Tensor) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(student.learned, 1.0, error_if_nonfinite=True)
+    optimizer.step()
+    return norm.item()
+
+
+# ---- what it is worth
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of one side of a pair: its scores with and without a thought, and the thought."""
+
+    thought: float
+    direct: float
+    text: str
+
+
+@torch.no_grad()
+def judged(judge: Thinker, pairs: Sequence[Pair], batch: int = 16) -> list[tuple[Judgement, Judgement]]:
+    """Greedy thoughts on both videos of each pair, and the raw scores."""
+    rows: list[Judgement] = []
+    sides = [(pair.prompt, side.video) for pair in pairs for side in pair.sides]
+    for first in range(0, len(sides), batch):
+        asked = [look(judge, *side) for side in sides[first : first + batch]]
+        thoughts = [thought.tokens for thought in judge.think(asked)]
+        with_, without = (judge.read(asked, some).score for some in (thoughts, [()] * len(asked)))
+        texts = map(judge.words, thoughts)
+        rows += map(Judgement, with_.tolist(), without.tolist(), texts)
+    return list(zip(rows[::2], rows[1::2], strict=True))
+
+
+def calibrated(judge: Thinker, pairs: Sequence[Pair]) -> None:
+    """Measures the mean and deviation of both kinds of score, by which the reward standardizes."""
+    found = [one for both in judged(judge, pairs) for one in both]
+    scale = tuple(
+        (float(np.mean(values)), max(float(np.std(values)), 1e-6))
+        for values in ([one.thought for one in found], [one.direct for one in found])
+    )
+    judge.settings = replace(judge.settings, scale=(scale[0], scale[1]))
+
+
+def evaluated(judge: Thinker, pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    """Shares of pairs in which the chosen video scores higher, by kind and in all; ties are left out.
+
+    thought, direct: by the head with and without reasoning. words: by the sum of the scores that the thoughts
+    name, equal ones counting as half. dimensions: share of right scores among those; answers: thoughts that
+    name any. Without a kind there is but "all".
+    """
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    for pair, (chosen, rejected) in zip(pairs, judged(judge, pairs), strict=True):
+        if pair.tie:
+            continue
+        said = [answer_of(one.text) or {} for one in (chosen, rejected)]
+        first, second = (sum(one.values()) for one in said)
+        right = [accuracy(one, side.scores) for one, side in zip(said, pair.sides, strict=True)]
+        row = (
+            float(chosen.thought > rejected.thought),
+            float(chosen.direct > rejected.direct),
+            0.5 + 0.5 * float(np.sign(first - second)),
+            sum(right) / 2,
+            sum(map(bool, said)) / 2,
+        )
+        for name in {"all", pair.kind} - {""}:
+            rows.setdefault(name, []).append(row)
+    names = ("thought", "direct", "words", "dimensions", "answers")
+    return {
+        kind: {**dict(zip(names, np.mean(found, 0).tolist(), strict=True)), "pairs": float(len(found))}
+        for kind, found in sorted(rows.items())
+    }

@@ -1,0 +1,484 @@
+"""DeScore on tiny models with random weights, of families that take videos and of one that takes pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from PIL import Image
+from torch import Tensor
+
+from mmalign import descore_training
+from mmalign.descore_training import (
+    PAIRS,
+    ColdStart,
+    DualRL,
+    Student,
+    accuracy,
+    calibrated,
+    cold_start,
+    dual_loss,
+    dual_rl,
+    evaluated,
+    hidden_pairs,
+    judged,
+    length_reward,
+    likely,
+    preference_loss,
+    read_pairs,
+    roll,
+    thought_reward,
+)
+from mmalign.records import Outcome
+from mmalign.rewardmodels import load
+from mmalign.rewardmodels.descore import ADAPTER, HEAD, SAID, Thinker, ThinkerSettings, answer_of
+from mmalign.testing import check_reward, prompts_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+from captioners import tiny_captioner, tiny_llava
+
+PROMPTS = ["a red dog", "two cat on the hat"]
+THOUGHT = "the dog left a red hat"
+FAMILIES = ("Llava", "Qwen2_5_VL", "Qwen3VL")
+
+
+def family(name: str, folder: Path) -> str:
+    return str(tiny_llava(folder) if name == "Llava" else tiny_captioner(name, folder))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    return {name: family(name, tmp_path_factory.mktemp(name)) for name in FAMILIES}
+
+
+def settings(model: str) -> ThinkerSettings:
+    return ThinkerSettings(model, "describe the picture {prompt}", frames=4, longest=6)
+
+
+def videos(seed: int = 0, count: int = 2, length: int = 4) -> Tensor:
+    media = torch.rand(count, length, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return (media * 255).round() / 255
+
+
+@pytest.fixture(scope="module")
+def judges(models) -> dict[str, Thinker]:
+    return {name: Thinker(settings(model)) for name, model in models.items()}
+
+
+@pytest.fixture(params=FAMILIES)
+def judge(request, judges) -> Thinker:
+    return judges[request.param]
+
+
+def asked(judge: Thinker, media: Tensor) -> list:
+    return [judge.encode(video, prompt) for video, prompt in zip(media, PROMPTS, strict=True)]
+
+
+@torch.no_grad()
+def score(judge: Thinker, thoughts: list[str], media: Tensor | None = None) -> list[float]:
+    given = [judge.spell(text) for text in thoughts]
+    return judge.read(asked(judge, videos() if media is None else media), given).score.tolist()
+
+
+# ---- the score
+
+
+def test_the_score_is_a_linear_map_of_the_state_at_the_token_after_the_thought(judge):
+    """By one plain forward of a video, its prompt, the thought and the token, without padding."""
+    for video, prompt, text, found in zip(
+        videos(), PROMPTS, [THOUGHT, ""], score(judge, [THOUGHT, ""]), strict=True
+    ):
+        inputs = dict(judge.encode(video, prompt))
+        tail = torch.tensor([[*judge.spell(text), judge.token]])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if name in inputs:
+                inputs[name] = torch.cat([inputs[name], torch.zeros_like(tail)], 1)
+        with torch.no_grad():
+            state = judge.network(**inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+        assert found == pytest.approx(float(judge.head.weight[0] @ state), abs=1e-4)
+
+
+def test_the_score_depends_on_the_thought_and_on_the_video(judge):
+    told = score(judge, [THOUGHT] * 2)
+    permuted = score(judge, [" ".join(reversed(THOUGHT.split()))] * 2)
+    none = score(judge, [""] * 2)
+    other = score(judge, [THOUGHT] * 2, videos(seed=1))
+    for first, *others in zip(told, permuted, none, other, strict=True):
+        assert all(abs(first - one) > 1e-4 for one in others)
+
+
+def test_the_head_has_no_bias(judge):
+    assert judge.head.bias is None
+    assert judge.head.weight.shape == (1, judge.network.get_input_embeddings().weight.shape[1])
+
+
+def test_thoughts_are_those_of_generate_and_never_hold_the_token(judge):
+    """Greedy, and the same alone as beside a longer question."""
+    both = judge.think(asked(judge, videos()))
+    assert both == judge.think(asked(judge, videos()))
+    for one, thought in zip(asked(judge, videos()), both, strict=True):
+        found = judge.network.generate(
+            **one, do_sample=False, max_new_tokens=6, suppress_tokens=judge.banned
+        )[0, one["input_ids"].shape[1] :].tolist()
+        wanted = [*thought.tokens, *([thought.end] if thought.end is not None else [])]
+        assert found[: len(wanted)] == wanted
+        assert judge.think([one]) == [thought]
+        assert not {*thought.tokens} & {*judge.banned, *judge.ends}
+    with pytest.raises(ValueError, match="holds '<Reward>', which no thought may hold"):
+        judge.spell("a dog <Reward>")
+
+
+def test_log_probs_along_a_thought_are_those_of_a_plain_forward(judge):
+    thoughts = judge.think(asked(judge, videos()), temperature=1.0, seed=3)
+    token, mask = descore_training.laid_out(thoughts, torch.device("cpu"))
+    with torch.no_grad():
+        found, _ = likely(judge, asked(judge, videos()), thoughts, token)
+        for row, one in enumerate(asked(judge, videos())):
+            count = int(mask[row].sum())
+            inputs = dict(one)
+            tail = token[row : row + 1, :count]
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], tail], 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            for name in ("token_type_ids", "mm_token_type_ids"):
+                if name in inputs:
+                    inputs[name] = torch.cat([inputs[name], torch.zeros_like(tail)], 1)
+            logits = judge.network(**inputs).logits[0, -count - 1 : -1].float()
+            logits[:, judge.banned] = -math.inf
+            wanted = logits.log_softmax(-1)[torch.arange(count), tail[0]]
+            assert torch.allclose(found[row, :count], wanted, atol=1e-4)
+
+
+# ---- the formulas
+
+
+def test_the_loss_is_that_of_bradley_and_terry_and_knows_only_the_gap():
+    chosen, rejected = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([0.0, 0.5, 2.0])
+    tie = torch.tensor([False, False, True])
+    found = preference_loss(chosen, rejected, tie).tolist()
+    assert found == pytest.approx([-math.log(1 / (1 + math.exp(-1))), -math.log(1 / (1 + math.e)), 0.0])
+    assert torch.allclose(
+        preference_loss(chosen + 7, rejected + 7, tie), preference_loss(chosen, rejected, tie)
+    )
+    margin = preference_loss(chosen, rejected, tie, "margin").tolist()
+    assert margin == pytest.approx([math.log(1 + math.exp(g)) for g in (-0.43, 1.57)] + [0.0])
+
+
+def test_the_loss_that_knows_ties_is_the_likelihood_of_rao_and_kupper():
+    """With k = 5, P(win) = e / (e + k) at e = exp(gap), and P(tie) = (k^2 - 1) e / ((e + k) (1 + k e))."""
+    gap, k = 0.7, 5.0
+    e = math.exp(gap)
+    win, tie = preference_loss(
+        torch.full((2,), gap), torch.zeros(2), torch.tensor([False, True]), "tie_aware"
+    )
+    assert win.item() == pytest.approx(-math.log(e / (e + k)), abs=1e-5)
+    wanted = -math.log((k**2 - 1) * e / ((e + k) * (1 + k * e)))
+    assert tie.item() == pytest.approx(wanted + math.log(k**2 - 1), abs=1e-5)
+
+
+def test_ties_have_no_gradient():
+    chosen = torch.tensor([0.3, 0.4], requires_grad=True)
+    preference_loss(chosen, torch.zeros(2), torch.tensor([True, False])).sum().backward()
+    assert chosen.grad[0] == 0
+    assert chosen.grad[1] == pytest.approx(-1 / (1 + math.exp(0.4)))
+
+
+def test_length_is_paid_in_steps():
+    found = [length_reward(n) for n in (0, 499, 500, 1000, 1499, 1500, 1999, 2000, 9000)]
+    assert found == pytest.approx([0, 0, 0.2, 0.4, 0.4, 0.6, 0.6, 1, 1])
+    assert length_reward(30, step=10) == pytest.approx(0.6)
+
+
+def test_a_thought_is_worth_its_right_dimensions_its_form_and_its_length():
+    plain = "it moves. <answer>appearance: 1, direction: 0</answer>"
+    as_json = '<answer>{"dimensional_scores": {"appearance": 1, "direction": 0}}</answer>'
+    for text in (plain, as_json):
+        assert answer_of(text) == {"appearance": 1, "direction": 0}
+    assert answer_of("appearance: 1") is None
+    label = {"appearance": 1, "direction": 1}
+    assert accuracy(answer_of(plain), label) == 0.5
+    assert thought_reward(plain, label) == pytest.approx(0.7 * 0.5 + 0.1)
+    assert thought_reward(plain + "x" * 500, label) == pytest.approx(0.7 * 0.5 + 0.1 + 0.2 * 0.2)
+    assert thought_reward("no answer", label) == 0.0
+
+
+def test_reasoning_is_hidden_from_half_of_the_pairs():
+    draws = torch.Generator().manual_seed(0)
+    hidden = hidden_pairs(4000, 0.5, draws)
+    assert abs(sum(hidden) / 4000 - 0.5) < 4 * math.sqrt(0.25 / 4000)
+    assert not any(hidden_pairs(50, 0.0, draws))
+    assert all(hidden_pairs(50, 1.0, draws))
+
+
+# ---- pairs and training
+
+
+@pytest.fixture(scope="module")
+def pairs_folder(tmp_path_factory) -> Path:
+    """Bright videos are chosen over dark ones; the third pair is a tie."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for i in range(4):
+        row: dict[str, object] = {"prompt": PROMPTS[i % 2], "tie": i == 2, "kind": "bright" if i != 2 else ""}
+        for name, tone, text in (("chosen", 230, "a red dog"), ("rejected", 30, "two blue cat left")):
+            place = folder / f"{i}_{name}"
+            place.mkdir()
+            for f in range(3):
+                Image.new("RGB", (16, 16), (tone, 5 * i, 9 * f)).save(place / f"{f}.png")
+            row[name] = {"video": place.name, "reasoning": text, "scores": {"appearance": int(tone > 99)}}
+        rows.append(json.dumps(row))
+    (folder / PAIRS).write_text("\n".join(rows))
+    return folder
+
+
+def student_of(model: str) -> Student:
+    return Student(Thinker(settings(model)), rank=4, alpha=8)
+
+
+@pytest.fixture(scope="module")
+def cold(models, pairs_folder, tmp_path_factory) -> tuple[Student, list[dict[str, float]], Path]:
+    student, rows = student_of(models["Llava"]), []
+    cold_start(student, read_pairs(pairs_folder), ColdStart(steps=30, batch=4, lr=1e-2), rows.append)
+    folder = tmp_path_factory.mktemp("cold")
+    student.save(folder)
+    return student, rows, folder
+
+
+def test_the_cold_start_learns_the_preference_both_ways(cold, pairs_folder):
+    student, rows, _ = cold
+    assert rows[-1]["loss"] < 0.1 < rows[0]["loss"]
+    found = evaluated(student.judge, read_pairs(pairs_folder))
+    assert found["bright"]["direct"] == 1.0
+    assert found["bright"]["pairs"] == 3
+    given = next([pair.chosen.reasoning, pair.rejected.reasoning] for pair in read_pairs(pairs_folder))
+    judge = student.judge
+    first = student.asked(read_pairs(pairs_folder)[:1])
+    chosen, rejected = judge.read(first, [judge.spell(text) for text in given]).score
+    assert chosen > rejected
+
+
+def test_only_one_embedding_row_changes_in_the_cold_start(cold, models):
+    student, _, _ = cold
+    fresh = Thinker(settings(models["Llava"]))
+    assert torch.equal(
+        fresh.network.get_input_embeddings().weight, student.judge.network.get_input_embeddings().weight
+    )
+    ids = torch.arange(len(fresh.processor.tokenizer))[None]
+    before, after = (j.network.get_input_embeddings()(ids)[0] for j in (fresh, student.judge))
+    changed = (before != after).any(1).nonzero()[:, 0].tolist()
+    assert changed == [fresh.token]
+
+
+def test_what_sees_and_what_is_not_adapted_stays_as_it_was(cold, models):
+    student, _, _ = cold
+    fresh = dict(Thinker(settings(models["Llava"])).network.named_parameters())
+    for name, p in student.judge.network.named_parameters():
+        if ".lora_" in name:
+            assert "vision" not in name
+            assert p.abs().sum() > 0
+        else:
+            assert torch.equal(p, fresh[name.replace(".base_layer", "")])
+
+
+def test_both_videos_of_a_pair_are_seen_with_reasoning_or_without(models, pairs_folder, monkeypatch):
+    student, seen = student_of(models["Llava"]), []
+    read = student.judge.read
+    monkeypatch.setattr(student.judge, "read", lambda a, t, **k: (seen.append(list(t)), read(a, t, **k))[1])
+    cold_start(student, read_pairs(pairs_folder), ColdStart(steps=8, batch=4, lr=1e-4))
+    shown = [[bool(thought) for thought in thoughts] for thoughts in seen]
+    assert all(row[i] == row[i + 1] for row in shown for i in range(0, len(row), 2))
+    assert {one for row in shown for one in row} == {True, False}
+
+
+def test_the_reward_scores_as_the_student_did_and_peft_reads_its_adapter(cold, models):
+    from peft import PeftModel
+
+    student, _, folder = cold
+    merged = Thinker.load(str(folder))
+    assert score(merged, [THOUGHT, ""]) == pytest.approx(score(student.judge, [THOUGHT, ""]), abs=1e-4)
+    plain = Thinker(settings(models["Llava"]))
+    plain.take(folder)
+    assert abs(score(plain, [THOUGHT, ""])[0] - score(merged, [THOUGHT, ""])[0]) > 1e-3
+    network = T.AutoModelForImageTextToText.from_pretrained(models["Llava"])
+    network.resize_token_embeddings(len(plain.processor.tokenizer), mean_resizing=False)
+    plain.network = PeftModel.from_pretrained(network, str(folder)).merge_and_unload()
+    plain.network.get_input_embeddings().register_forward_hook(plain._own_row)
+    assert score(plain, [THOUGHT, ""]) == pytest.approx(score(merged, [THOUGHT, ""]), abs=1e-4)
+
+
+def test_training_goes_on_from_what_was_saved(cold):
+    student, _, folder = cold
+    again = Student.load(folder)
+    assert score(again.judge, [THOUGHT, ""]) == pytest.approx(score(student.judge, [THOUGHT, ""]), abs=1e-5)
+    assert all(torch.equal(p, again.adapter[name]) for name, p in student.adapter.items())
+
+
+def rolled_of(folder: Path, pairs: Path, dual: DualRL) -> tuple[Student, descore_training.Rolled]:
+    student = Student.load(folder)
+    return student, roll(student, read_pairs(pairs)[:2], dual, seed=5)
+
+
+def test_thoughts_on_one_video_are_compared_with_each_other(cold, pairs_folder):
+    _, _, folder = cold
+    student, rolled = rolled_of(folder, pairs_folder, DualRL(rollouts=4, length_step=5))
+    reward = torch.tensor(
+        [
+            0.2 * length_reward(len(student.judge.words(thought.tokens)), 5)
+            for thought in rolled.thoughts  # random words: no answer, so that length alone counts
+        ]
+    ).reshape(4, 4)
+    assert reward.std() > 0
+    wanted = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, correction=0, keepdim=True) + 1e-4)
+    assert torch.allclose(rolled.advantage.reshape(4, 4), wanted, atol=1e-4)
+    assert rolled.take(1, 1).thoughts == rolled.thoughts[8:]
+
+
+def test_before_the_first_update_the_ratio_is_one_and_nothing_pulls(cold, pairs_folder):
+    _, _, folder = cold
+    dual = DualRL(rollouts=4, length_step=5, kl=0.1)
+    student, rolled = rolled_of(folder, pairs_folder, dual)
+    _, measures = dual_loss(student.judge, rolled, rolled.old, dual)
+    assert measures["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert measures["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_head_learns_by_the_preference_alone_with_its_weight(cold, pairs_folder):
+    """d L / d w = weight * mean over pairs and rollouts of -sigmoid(-gap) (h+ - h-)."""
+    _, _, folder = cold
+    dual = DualRL(rollouts=4, length_step=5)
+    student, rolled = rolled_of(folder, pairs_folder, dual)
+    judge, states = student.judge, []
+    hook = judge.head.register_forward_hook(lambda module, given, out: states.append(given[0].detach()))
+    loss, _ = dual_loss(judge, rolled, rolled.old, dual)
+    hook.remove()
+    loss.backward()
+    chosen, rejected = states[0].reshape(2, 2, 4, -1).unbind(1)
+    gap = (chosen - rejected) @ judge.head.weight[0].detach()
+    wanted = -5e-3 * (torch.sigmoid(-gap)[..., None] * (chosen - rejected)).mean((0, 1))
+    assert torch.allclose(judge.head.weight.grad[0], wanted, atol=1e-6)
+
+
+def test_a_step_makes_better_thoughts_likelier(cold, pairs_folder):
+    _, _, folder = cold
+    dual = DualRL(rollouts=8, length_step=5, weight=0.0, kl=0.0)
+    student, rolled = rolled_of(folder, pairs_folder, dual)
+    optimizer = torch.optim.SGD(student.learned, 0.05)
+    loss, _ = dual_loss(student.judge, rolled, None, dual)
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        now, _ = likely(student.judge, rolled.asked, rolled.thoughts, rolled.token)
+    gained = (torch.where(rolled.mask, now - rolled.old, 0.0) * rolled.advantage[:, None]).sum()
+    assert gained > 0
+
+
+def test_dual_rl_earns_more(cold, pairs_folder):
+    _, _, folder = cold
+    student, rows = Student.load(folder), []
+    dual = DualRL(steps=12, batch=4, rollouts=6, minibatch=2, lr=1e-2, length_step=5)
+    dual_rl(student, read_pairs(pairs_folder), dual, rows.append)
+    assert sum(row["reward"] for row in rows[-3:]) > 1.15 * sum(row["reward"] for row in rows[:3])
+    assert rows[-1]["kl"] > 0
+
+
+def test_pairs_that_cannot_be_read_are_named(tmp_path, models):
+    with pytest.raises(ValueError, match=r"has no pairs.jsonl; scripts/descore.py pairs writes one"):
+        read_pairs(tmp_path)
+    (tmp_path / PAIRS).write_text(
+        '{"prompt": "a", "chosen": {"video": "gone"}, "rejected": {"video": "gone"}}\n'
+    )
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: needs a prompt.*there is no video"):
+        read_pairs(tmp_path)
+    with pytest.raises(ValueError, match=r"hide and warmup lie in 0\.\.1, got 2"):
+        ColdStart(hide=2)
+    with pytest.raises(ValueError, match="rollouts are compared with each other: 2 or more, got 1"):
+        DualRL(rollouts=1)
+
+
+# ---- the reward
+
+
+@pytest.fixture(scope="module")
+def weights(cold, pairs_folder) -> str:
+    student, _, folder = cold
+    calibrated(student.judge, read_pairs(pairs_folder))
+    student.save(folder)
+    return str(folder)
+
+
+def outcome(media: Tensor | None = None) -> Outcome:
+    return Outcome(prompts_of(PROMPTS, 1), videos() if media is None else media)
+
+
+def test_the_reward_thinks_then_scores_and_standardizes(weights):
+    reward = load("descore", weights=weights)
+    found, judge = reward(outcome()), Thinker.load(weights)
+    thoughts = [judge.words(thought.tokens) for thought in judge.think(asked(judge, videos()))]
+    assert [detail["reasoning"] for detail in found.details] == thoughts
+    (mean, std), (direct_mean, direct_std) = judge.settings.scale
+    wanted = [(raw - mean) / std for raw in score(judge, thoughts)]
+    assert found.values[:, 0].tolist() == pytest.approx(wanted, abs=1e-4)
+    direct = load("descore", weights=weights, think=False)(outcome())
+    wanted = [(raw - direct_mean) / direct_std for raw in score(judge, ["", ""])]
+    assert direct.values[:, 0].tolist() == pytest.approx(wanted, abs=1e-4)
+    assert direct.details[0]["reasoning"] == ""
+
+
+def test_the_scale_is_that_of_the_pairs(weights, pairs_folder):
+    judge = Thinker.load(weights)
+    rows = [one for both in judged(judge, read_pairs(pairs_folder)) for one in both]
+    values = torch.tensor([one.thought for one in rows], dtype=torch.float64)
+    assert judge.settings.scale[0] == pytest.approx(
+        (values.mean().item(), values.std(correction=0).item()), abs=1e-4
+    )
+
+
+def test_the_reward_keeps_the_contract(weights):
+    check_reward(load("descore", weights=weights, batch=1), outcome())
+    check_reward(load("descore", weights=weights, think=False), outcome())
+
+
+def test_a_score_is_the_same_every_time_and_a_video_is_thought_about_once(weights, monkeypatch):
+    reward, asked_for = load("descore", weights=weights, cached=2), []
+    think = reward._judge.think
+    monkeypatch.setattr(reward._judge, "think", lambda a: (asked_for.append(len(a)), think(a))[1])
+    first = reward(outcome())
+    assert torch.equal(first.values, reward(outcome()).values)
+    assert asked_for == [2]
+    reward(outcome(videos(seed=1)))  # drives the others out of the cache
+    assert torch.equal(first.values, load("descore", weights=weights)(outcome()).values)
+    assert torch.equal(first.values, reward(outcome()).values)
+    assert asked_for == [2, 2, 2]
+
+
+def test_long_videos_are_shown_by_frames_from_end_to_end(weights):
+    reward = load("descore", weights=weights, think=False)
+    long = videos(length=10)
+    assert torch.equal(reward(outcome(long)).values, reward(outcome(long[:, [0, 3, 6, 9]])).values)
+
+
+def test_what_cannot_be_is_refused_with_its_mend(weights, models, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no .*descore.json; scripts/descore.py train writes one"):
+        load("descore", weights=str(tmp_path))
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        load("descore", weights=weights, batch=0)
+    with pytest.raises(ValueError, match=r"descore: model .*nowhere does not load"):
+        load("descore", weights=weights, model=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"the instruction must hold \{prompt\} once"):
+        replace(settings(models["Llava"]), instruction="judge it")
+    for name in (SAID, HEAD):
+        (tmp_path / name).write_bytes((Path(weights) / name).read_bytes())
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(Path(weights) / HEAD)
+    save_file({**state, "weight": state["weight"][:, :5].contiguous()}, tmp_path / HEAD)
+    with pytest.raises(ValueError, match=r"needs 'weight' of shape \(1, 32\)"):
+        load("descore", weights=str(tmp_path))
+    assert (Path(weights) / ADAPTER).is_file()
