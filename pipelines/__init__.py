@@ -27,6 +27,7 @@ ADAPTERS = {
     "HiDreamImagePipeline": "mmalign.pipelines.hidream:HiDream",
     "HunyuanVideo15ImageToVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo15ImageToVideo",
     "HunyuanVideo15Pipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo15",
+    "HunyuanVideoImageToVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideoImageToVideo",
     "HunyuanVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo",
     "Flux2KleinPipeline": "mmalign.pipelines.flux2:Flux2Klein",
     "Flux2Pipeline": "mmalign.pipelines.flux2:Flux2",

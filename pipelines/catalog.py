@@ -49,6 +49,11 @@ MODELS = {
     "CogVideoXPipeline": ("CogVideoX, 1.5", "text to video", "predicts v; sampled by DDIM"),
     "CogVideoXImageToVideoPipeline": ("CogVideoX, 1.5", "image to video", "one source picture"),
     "HunyuanVideoPipeline": ("HunyuanVideo", "text to video", "embedded and true guidance"),
+    "HunyuanVideoImageToVideoPipeline": (
+        "HunyuanVideo",
+        "image to video",
+        "one source picture, in its latent or beside it; `policy.frames` are those that are kept",
+    ),
     "HunyuanVideo15Pipeline": (
         "HunyuanVideo 1.5",
         "text to video",
@@ -72,15 +77,6 @@ RECIPES = {
     "ZImagePipeline": ("z_image_nft",),
     "WanPipeline": ("wan21_flow_grpo", "wan22_nft"),
     "HunyuanVideoPipeline": ("hunyuan_dance_grpo",),
-}
-
-# Families that people ask for and that cannot be trained here yet, and why.
-ABSENT = {
-    "HunyuanVideo (the first) from a picture": (
-        "its pipeline begins with noise that holds a thousandth of the picture; of its two kinds, one "
-        "encodes the negative prompt to another length than the prompt, and one drops the first four frames; "
-        "no adapter yet"
-    ),
 }
 
 HEAD = """
@@ -150,8 +146,6 @@ def _lines() -> Iterator[str]:
             f"| {models} | {task} | `{pipeline}` | {adapter} | {particular} | `tests/pipelines/{test}.py` "
             f"| {recipes or '–'} |"
         )
-    yield from ("", "Not to be had:", "")
-    yield from (f"- {models}: {reason}." for models, reason in ABSENT.items())
 
 
 if __name__ == "__main__":

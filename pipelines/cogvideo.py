@@ -49,12 +49,7 @@ class CogVideoX(Diffusion, VideoFamily):
 
     @property
     def extra(self) -> int:
-        """Frames of the latent before those of the video."""
-        return -((self.frames - 1) // self.temporal + 1) % (self.config.patch_size_t or 1)
-
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        channels, frames, *sides = super().latent_shape(height, width)
-        return (channels, frames + self.extra, *sides)
+        return -self.drawn % (self.config.patch_size_t or 1)
 
     def predict(self, network: nn.Module, y: Tensor, t: Tensor, condition: Condition) -> Tensor:
         frames, high, wide = y.shape[2:]
@@ -113,7 +108,7 @@ class CogVideoXImageToVideo(CogVideoX):
         raw = vae.encode(pictures[:, :, None] * 2 - 1).latent_dist.mode()[0]
         scale = vae.config.scaling_factor
         picture = raw / scale if vae.config.invert_scale_latents else raw * scale
-        later = (self.frames - 1) // self.temporal + self.extra
+        later = self.extra + self.drawn - 1
         nothing = picture.new_zeros(len(picture), later, *picture.shape[2:])
         return {**self.encode(text), "first": torch.cat([picture, nothing], 1)}
 

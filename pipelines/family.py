@@ -206,8 +206,18 @@ class VideoFamily(Family):
             )
         return int(frames)
 
+    @property
+    def drawn(self) -> int:
+        """Frames of the latent that are the video's."""
+        return (self.frames - 1) // self.temporal + 1
+
+    @property
+    def extra(self) -> int:
+        """Frames of the latent before those of the video."""
+        return 0
+
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        return (self.channels, (self.frames - 1) // self.temporal + 1, *self.sides(height, width))
+        return (self.channels, self.extra + self.drawn, *self.sides(height, width))
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents).transpose(1, 2)

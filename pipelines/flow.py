@@ -128,6 +128,15 @@ class SeesPictures(Protocol):
         ...
 
 
+@runtime_checkable
+class EncodesNegatives(Protocol):
+    """An adapter that encodes what guidance leads away from otherwise than a prompt of the same words."""
+
+    def encode_negative(self, text: str, pictures: Tensor) -> Condition:
+        """As `SeesPictures.encode_with`; pictures: those of the prompt, [0, 3, H, W] where it has none."""
+        ...
+
+
 class Experts(nn.Module):
     """Networks that divide the times among them, by the names that the pipeline calls them.
 
@@ -224,7 +233,7 @@ class FlowPolicy:
             raise ValueError(f"policy.frames: this model makes pictures, not videos; got {settings.frames}")
         self.forwards = Forwards()
         self.cached_texts = 256  # raise it to hold all prompts of a run; an SD3.5 text is 3 MB in bf16
-        self._cache: OrderedDict[tuple[str, ...], Condition] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, tuple[str, ...], bool], Condition] = OrderedDict()
         self._schedules: dict[int, Tensor] = {}
         self._network = cast(Any, adapter.network)
         for frozen in adapter.pipeline.components.values():
@@ -312,7 +321,8 @@ class FlowPolicy:
             raise ValueError(
                 f'prompt {text!r} gives no video: it needs a folder of frames, or a list, under "video"'
             )
-        frames = (self.shape[1] - 1) * getattr(self.adapter, "temporal", 1) + 1
+        drawn, temporal = self._drawn
+        frames = (drawn - 1) * temporal + 1
         if len(found) < frames:
             raise ValueError(
                 f"prompt {text!r}: its video has {len(found)} frames, and the model makes {frames}"
@@ -414,8 +424,9 @@ class FlowPolicy:
     ) -> _Texts:
         """The encoded texts of some rows, with the negative one where guidance asks for it."""
         files = [()] * len(texts) if sources is None else sources
-        wanted = [(text, *own) for text, own in zip(texts, files, strict=True)]
-        unwanted = [(self.settings.negative_prompt, *own) for own in files]
+        apart = isinstance(self.adapter, EncodesNegatives)
+        wanted = [(text, own, False) for text, own in zip(texts, files, strict=True)]
+        unwanted = [(self.settings.negative_prompt, own, apart) for own in files]
         guides = self.adapter.rows(guidance) == 2
         place = {key: i for i, key in enumerate(dict.fromkeys([*wanted, *(unwanted if guides else [])]))}
         encoded = [self._encode(*key) for key in place]
@@ -426,16 +437,21 @@ class FlowPolicy:
         )
 
     @torch.no_grad()
-    def _encode(self, text: str, *files: str) -> Condition:
-        """One text at a time: its numbers must not depend on neighbors, which differ in a resumed run."""
-        key = (text, *files)
+    def _encode(self, text: str, files: tuple[str, ...] = (), negative: bool = False) -> Condition:
+        """One text at a time: its numbers must not depend on neighbors, which differ in a resumed run.
+
+        negative: whether it is encoded as what guidance leads away from (`EncodesNegatives`).
+        """
+        key = (text, files, negative)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        if isinstance(self.adapter, SeesPictures):
-            high, wide = (places * self.adapter.scale for places in self.shape[-2:])
-            pictures = torch.stack([torch.zeros(3, high, wide), *map(self._picture, files)])[1:]
-            pictures = pictures.to(self.device)
+        high, wide = (places * self.adapter.scale for places in self.shape[-2:])
+        pictures = torch.stack([torch.zeros(3, high, wide), *map(self._picture, files)])[1:]
+        pictures = pictures.to(self.device)
+        if negative and isinstance(self.adapter, EncodesNegatives):
+            seen = self.adapter.encode_negative(text, pictures)
+        elif isinstance(self.adapter, SeesPictures):
             seen = self.adapter.encode_with(text, pictures)
         else:
             seen = self.adapter.encode(text)
@@ -534,7 +550,10 @@ class FlowPolicy:
     # ---- places
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
-        """Footprint of units on the denoising steps, and on the frames or places they are split into."""
+        """Footprint of units on the denoising steps, and on the frames or places they are split into.
+
+        No mask lies on frames of a latent that are not of the video.
+        """
         actions = trajectory.log_prob
         site = actions.shape[2:]
         if isinstance(where, Whole):
@@ -546,7 +565,10 @@ class FlowPolicy:
         if isinstance(where, Masks) and site:
             mask = where.mask.to(actions.device).float()
             if len(self.shape) == 4:
-                mask = _on_frames(mask, site[0], getattr(self.adapter, "temporal", 1))
+                drawn, temporal = self._drawn
+                before = getattr(self.adapter, "extra", 0)
+                mask = _on_frames(mask, drawn, temporal)
+                mask = F.pad(mask, (0, 0, 0, 0, before, site[0] - before - drawn))
             if self.split == "frames":
                 return mask.mean((3, 4))[:, :, None]
             return _on_latent(mask, site)[:, :, None]
@@ -554,6 +576,11 @@ class FlowPolicy:
             f"a flow policy cannot place {type(where).__name__} on its denoising steps; it can place Whole, "
             "Steps and, where they are split, Masks"
         )
+
+    @property
+    def _drawn(self) -> tuple[int, int]:
+        """How many frames of the latent are the video's, and of how many of its frames each speaks."""
+        return getattr(self.adapter, "drawn", self.shape[1]), getattr(self.adapter, "temporal", 1)
 
     # ---- files
 

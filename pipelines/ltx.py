@@ -36,11 +36,6 @@ class LTX(Standardized, VideoFamily):
     def temporal(self) -> int:
         return int(self.pipeline.vae_temporal_compression_ratio)
 
-    @property
-    def drawn(self) -> int:
-        """Frames of the latent that are the video's."""
-        return (self.frames - 1) // self.temporal + 1
-
     def encode(self, text: str) -> Condition:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             [text],

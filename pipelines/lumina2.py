@@ -24,17 +24,18 @@ class Lumina2(Family):
         return side, side
 
     def encode(self, text: str) -> Condition:
-        if text == self.settings.negative_prompt:
-            embeds, mask = self.pipeline._get_gemma_prompt_embeds(
-                [text], device=self.device, max_sequence_length=self.max_sequence_length
-            )
-        else:
-            embeds, mask, _, _ = self.pipeline.encode_prompt(
-                [text],
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-                device=self.device,
-            )
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            [text],
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+            device=self.device,
+        )
+        return {"embeds": embeds[0], "mask": mask[0]}
+
+    def encode_negative(self, text: str, pictures: Tensor) -> Condition:
+        embeds, mask = self.pipeline._get_gemma_prompt_embeds(
+            [text], device=self.device, max_sequence_length=self.max_sequence_length
+        )
         return {"embeds": embeds[0], "mask": mask[0]}
 
     def tokens(self, shape: Sequence[int]) -> int:

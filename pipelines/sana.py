@@ -21,12 +21,17 @@ class Sana(Family):
     patch = 1
 
     def encode(self, text: str) -> Condition:
-        negative = text == self.settings.negative_prompt
+        return self._encode(text, self.default("complex_human_instruction"))
+
+    def encode_negative(self, text: str, pictures: Tensor) -> Condition:
+        return self._encode(text, None)
+
+    def _encode(self, text: str, instruction: list[str] | None) -> Condition:
         embeds, mask, _, _ = self.pipeline.encode_prompt(
             [text],
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
-            complex_human_instruction=None if negative else self.default("complex_human_instruction"),
+            complex_human_instruction=instruction,
             device=self.device,
         )
         return {"embeds": embeds[0], "mask": mask[0]}

@@ -5,7 +5,7 @@ A family is one adapter and one row of `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,23 +79,29 @@ class Row:
 # ---- parts
 
 
-def words_tokenizer(template: str = "", length: int = 4096, **special: str) -> Any:
-    """A byte-level tokenizer that knows some words whole, in the place of those of language models."""
+def words_tokenizer(
+    template: str = "", length: int = 4096, known: str = "", marks: Sequence[str] = (), **special: str
+) -> Any:
+    """A byte-level tokenizer that knows some words whole, in the place of those of language models.
+
+    known: a text whose words are known besides. marks: further ones of its special tokens.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {piece: i for i, piece in enumerate(pieces)}
     merges = []
-    for word in ("Ġ" + w for w in WORDS):
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for word in [*("Ġ" + w for w in WORDS), *(piece for piece, _ in split.pre_tokenize_str(known))]:
         for end in range(2, len(word) + 1):
             if (word[: end - 1], word[end - 1]) not in merges:
                 merges.append((word[: end - 1], word[end - 1]))
                 vocab.setdefault(word[:end], len(vocab))
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = split
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(t, special=True) for t in MARKS])
+    core.add_special_tokens([AddedToken(t, special=True) for t in (*MARKS, *marks)])
     made = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<pad>", model_max_length=length, **special
     )
@@ -103,7 +109,7 @@ def words_tokenizer(template: str = "", length: int = 4096, **special: str) -> A
     return made
 
 
-def marked_tokenizer(**special: str) -> Any:
+def marked_tokenizer(**special: Any) -> Any:
     """Texts of GLM and Llama begin with marks, so that none is empty."""
     from tokenizers.processors import TemplateProcessing
 
@@ -409,22 +415,28 @@ def call_scale(settings: PolicySettings) -> dict[str, Any]:
 # ---- HunyuanVideo
 
 
-def hunyuan_video() -> Any:
-    from diffusers import (
-        AutoencoderKLHunyuanVideo,
-        HunyuanVideoPipeline,
-        HunyuanVideoTransformer3DModel,
-    )
+def hunyuan_video(image_condition_type: str | None = None, guidance_embeds: bool = True) -> Any:
+    """From a picture, where the network says how it is told of one."""
+    import diffusers
     from transformers import CLIPTextModel, LlamaConfig, LlamaModel
 
-    tokens, clip = words_tokenizer(), _clip_tokenizer()
+    clip = _clip_tokenizer()
     clip.model_max_length = 77
     clip_config = _clip_config(clip)
     clip_config.max_position_embeddings = 77
-    return HunyuanVideoPipeline(
-        transformer=HunyuanVideoTransformer3DModel(
-            in_channels=4,
+    small = SMALL | {"num_hidden_layers": 3}
+    if image_condition_type is None:
+        tokens, kind, parts = words_tokenizer(), "HunyuanVideoPipeline", {}
+        text: Any = LlamaModel(LlamaConfig(vocab_size=len(tokens), **small))
+    else:
+        text, tokens, parts = llava(small)
+        kind = "HunyuanVideoImageToVideoPipeline"
+    return getattr(diffusers, kind)(
+        transformer=diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=9 if image_condition_type == "latent_concat" else 4,
             out_channels=4,
+            image_condition_type=image_condition_type,
+            guidance_embeds=guidance_embeds,
             num_attention_heads=2,
             attention_head_dim=10,
             num_layers=1,
@@ -435,14 +447,49 @@ def hunyuan_video() -> Any:
             rope_axes_dim=(2, 4, 4),
         ),
         scheduler=flow(shift=7.0),
-        vae=AutoencoderKLHunyuanVideo(
+        vae=diffusers.AutoencoderKLHunyuanVideo(
             latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
         ),
-        text_encoder=LlamaModel(LlamaConfig(vocab_size=len(tokens), **SMALL | {"num_hidden_layers": 3})),
+        text_encoder=text,
         tokenizer=tokens,
         text_encoder_2=CLIPTextModel(clip_config),
         tokenizer_2=clip,
+        **parts,
     )
+
+
+def llava(small: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """HunyuanVideo's reader of texts and pictures, its tokenizer, and what else comes with it.
+
+    As its pipeline counts places, the words of its template are tokens (one is two), 103 before the prompt,
+    and a picture is 24 by 24 of them.
+    """
+    import transformers
+    from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as plain
+
+    marks = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<image>")
+    known = plain.DEFAULT_PROMPT_TEMPLATE["template"].replace("detailing", "detail") + "\ning"
+    for mark in marks:
+        known = known.replace(mark, "")
+    tokens = marked_tokenizer(known=known, marks=marks)
+    text = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config={"model_type": "llama", "vocab_size": len(tokens), **small},
+            vision_config={
+                "model_type": "clip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 48,
+                "patch_size": 2,
+            },
+            image_token_index=tokens.convert_tokens_to_ids("<image>"),
+            pad_token_id=tokens.pad_token_id,
+        )
+    )
+    shown = transformers.CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
+    return text, tokens, {"image_processor": shown}
 
 
 def call_hunyuan(settings: PolicySettings) -> dict[str, Any]:
@@ -1116,6 +1163,22 @@ FAMILIES = {
     ),
     "HiDreamImagePipeline": Row(hidream, call_scale, size=(32, 128), prepare=keep_size),
     "HunyuanVideoPipeline": Row(hunyuan_video, call_hunyuan, {"max_sequence_length": 512}, frames=5),
+    "HunyuanVideoImageToVideoPipeline": Row(
+        lambda: hunyuan_video("token_replace"),
+        lambda s: {"true_cfg_scale": s.guidance, "guidance_scale": 1.0},
+        {"max_sequence_length": 32},
+        frames=5,
+        sources=1,
+        one_by_one=True,  # its negative prompt takes one black picture
+    ),
+    "HunyuanVideoImageToVideoPipeline latent_concat": Row(
+        lambda: hunyuan_video("latent_concat", guidance_embeds=False),
+        lambda s: {"true_cfg_scale": s.guidance, "num_frames": 9},
+        {"max_sequence_length": 32},
+        frames=5,
+        sources=1,
+        one_by_one=True,
+    ),
     "HunyuanVideo15Pipeline": Row(
         hunyuan_video15,
         lambda s: {},

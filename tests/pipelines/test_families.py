@@ -19,7 +19,8 @@ from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import ADAPTERS, catalog, load
-from mmalign.records import Plan, Renoise, RewardSignal
+from mmalign.pipelines.flow import FlowPolicy
+from mmalign.records import Masks, Plan, Renoise, RewardSignal
 from mmalign.sde import Noise, transition
 from mmalign.testing import prompts_of
 
@@ -111,8 +112,6 @@ def policy_of(world, name: str, noise=None, **settings):
     if not ours:
         ours["pipeline"] = load(replace(policy, lora=LoraSettings(0)), Noise()).adapter.pipeline
         ours["kind"] = type(load(policy, Noise()).adapter)
-    from mmalign.pipelines.flow import FlowPolicy
-
     adapter = ours["kind"](policy, copy.deepcopy(ours["pipeline"]))
     return FlowPolicy(adapter, policy, noise or Noise())
 
@@ -134,7 +133,7 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
     row.prepare(plain, settings)
     high, wide = row.size
     pictures = [Image.open(file) for file in files]
-    call = {"num_inference_steps": STEPS, "output_type": "pt"} | row.call(settings)
+    call: dict = {"num_inference_steps": STEPS, "output_type": "pt"}
     if row.takes_size:
         call |= {"height": high, "width": wide}
     if row.takes_length:
@@ -143,6 +142,7 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
         call["num_frames"] = row.frames
     if pictures:
         call["image"] = pictures if len(pictures) > 1 else pictures[0]
+    call |= row.call(settings)
     drawn_noise = initial(prompts, policy.shape, KEY)
     noise = row.begun(plain, row.latents(drawn_noise), pictures, settings)
     besides = row.besides(drawn_noise)
@@ -289,6 +289,49 @@ def test_frames_that_the_network_needs_besides_are_no_part_of_the_video(world, n
         assert_close(again[:, :, extra:], raw * 0.8)
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "behind"),
+    [
+        ("CogVideoXPipeline 1.5", 1, 0),
+        ("HunyuanVideoImageToVideoPipeline latent_concat", 1, 0),
+        ("LTX2Pipeline", 0, 1),
+    ],
+)
+def test_masks_lie_on_the_frames_of_the_video_alone(world, name, before, behind):
+    adapter = policy_of(world, name).adapter
+    policy = FlowPolicy(adapter, replace(adapter.settings, lora=LoraSettings(0)), Noise(), split="frames")
+    frames = policy.shape[1] - before - behind
+    length = (frames - 1) * adapter.temporal + 1
+    trajectory = types.SimpleNamespace(log_prob=torch.zeros(1, 2, policy.shape[1]))
+    for at in range(length):
+        mask = torch.zeros(1, 1, length, 32, 32)
+        mask[:, :, at] = 1
+        found = policy.locate(Masks(mask), trajectory)[0, 0, 0]
+        expected = torch.zeros(policy.shape[1])
+        # The first frame of the latent stands for one, each further one for `temporal`.
+        expected[before + -(-at // adapter.temporal)] = 1 if at == 0 else 1 / adapter.temporal
+        assert_close(found, expected)
+
+
+def test_given_videos_are_of_the_length_that_the_model_draws(world, tmp_path):
+    """Of a latent with a frame before the video's, for which the first of the video stands still."""
+    policy = policy_of(world, "HunyuanVideoImageToVideoPipeline latent_concat", frames=9)
+    adapter, files = policy.adapter, []
+    for at in range(11):
+        pixels = torch.randint(256, (32, 48, 3), generator=torch.Generator().manual_seed(at))
+        files.append(str(tmp_path / f"{at:02}.png"))
+        Image.fromarray(pixels.byte().numpy()).save(files[-1])
+    media, latents = policy._given(prompts_of(TEXTS[:1], 1, [{"video": files}]))
+    assert media.shape == (1, 9, 3, 32, 48)
+    assert latents.shape[1:] == policy.shape == (4, 4, 4, 6)
+    video = torch.cat([media[:, :1]] * 4 + [media], 1).transpose(1, 2)
+    with torch.no_grad():
+        raw = adapter.pipeline.vae.encode(video * 2 - 1).latent_dist.mode()
+        assert_close(latents * 0.999, raw * adapter.pipeline.vae.config.scaling_factor)
+        again = adapter.pipeline.vae.decode(raw).sample[:, :, 4:]
+        assert_close(adapter.decode(latents), (again / 2 + 0.5).clamp(0, 1).transpose(1, 2))
+
+
 def test_the_sound_lies_behind_the_video_and_what_it_does_not_fill_has_no_velocity(world):
     policy = policy_of(world, "LTX2Pipeline")
     adapter, x = policy.adapter, torch.randn(2, *policy.shape, generator=torch.Generator().manual_seed(0))
@@ -358,6 +401,27 @@ def test_step_distilled_models_of_hunyuan_video_are_refused(world):
         type(adapter)(adapter.settings, adapter.pipeline)
 
 
+def test_hunyuan_video_from_a_picture_needs_a_network_that_is_told_of_one(world):
+    adapter = policy_of(world, "HunyuanVideoImageToVideoPipeline").adapter
+    pipeline = copy.copy(adapter.pipeline)
+    pipeline.transformer = world("HunyuanVideoPipeline")[2].transformer
+    with pytest.raises(ValueError, match=r"no image_condition_type; .* token_replace or latent_concat"):
+        type(adapter)(adapter.settings, pipeline)
+
+
+@pytest.mark.parametrize(
+    "name", ["SanaPipeline", "Lumina2Pipeline", "HunyuanVideoImageToVideoPipeline latent_concat"]
+)
+def test_a_prompt_of_the_words_of_the_negative_one_is_encoded_as_a_prompt(world, name):
+    row, _, _, files, _ = world(name)
+    policy = policy_of(world, name, negative_prompt=TEXTS[0], guidance=2.0)
+    other = policy_of(world, name, negative_prompt="a white square", guidance=2.0)
+    seen, plain = (p._seen(prompts_for(row, files), 2.0) for p in (policy, other))
+    positive, expected = seen.positives()["embeds"][0], plain.positives()["embeds"][0]
+    assert torch.equal(positive, expected)
+    assert not torch.equal(positive, seen.negatives()["embeds"][0])
+
+
 def test_flux2_has_no_true_guidance(world):
     folder = world("Flux2Pipeline")[1]
     with pytest.raises(ValueError, match=r"policy\.guidance must be 1: FLUX\.2 is told its guidance"):
@@ -383,7 +447,13 @@ def test_references_are_optional_and_change_the_picture(world):
 
 
 @pytest.mark.parametrize(
-    "name", ["WanImageToVideoPipeline 5B", "LTXImageToVideoPipeline", "LTX2ImageToVideoPipeline"]
+    "name",
+    [
+        "WanImageToVideoPipeline 5B",
+        "LTXImageToVideoPipeline",
+        "LTX2ImageToVideoPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+    ],
 )
 def test_a_video_from_a_picture_ends_with_it_as_its_first_frame(world, name, monkeypatch):
     """Whatever noise the steps draw; of the latent, as decoders look ahead."""
