@@ -10,7 +10,18 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 from torch import Tensor, nn
 
 from mmalign.copies import Copies
-from mmalign.records import Evaluation, Halted, Outcome, Pick, Plan, Prompts, RewardSignal, Trajectory, Where
+from mmalign.records import (
+    Evaluation,
+    Halted,
+    Outcome,
+    Pick,
+    Plan,
+    Prompts,
+    RewardSignal,
+    State,
+    Trajectory,
+    Where,
+)
 
 Media = Tensor | list[str]
 Key = tuple[int | str, ...]  # names a stream of random numbers: (seed, purpose, iteration, ...)
@@ -95,6 +106,15 @@ class DrawsOn(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Media in [0, 1] of clean latents [n, *latent], with gradients if enabled."""
+        ...
+
+
+@runtime_checkable
+class TellsStates(Protocol):
+    """A policy that tells the states in which its actions were taken."""
+
+    def states(self, trajectory: Trajectory, pick: Pick) -> State:
+        """Latent, time and pooled text of the picked actions; no gradient, no forward of the network."""
         ...
 
 

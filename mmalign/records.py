@@ -452,6 +452,15 @@ class Halted:
 
 
 @dataclass(frozen=True)
+class State:
+    """What actions were taken in: x [n, *latent] at sigma [n], for a prompt whose pooled text is [n, D]."""
+
+    x: Tensor
+    sigma: Tensor
+    text: Tensor
+
+
+@dataclass(frozen=True)
 class Drawn:
     """Gaussian actions as they were taken: to x_next, around the mean of the policy that sampled.
 

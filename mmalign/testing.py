@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.contracts import Key, Policy, RewardModel
+from mmalign.contracts import Key, Policy, RewardModel, TellsStates
 from mmalign.plans import forwards
 from mmalign.records import (
     Masks,
     Outcome,
+    Pick,
     Plan,
     Prompts,
     RewardSignal,
@@ -238,6 +239,8 @@ def check_policy(policy: Policy, prompts: Prompts, plan: Plan, tolerance: float 
     _check_gradients(policy, trajectory)
     _check_copies(policy, trajectory)
     _check_footprints(policy, trajectory)
+    if isinstance(policy, TellsStates) and trajectory.mask.any():
+        _check_states(policy, trajectory)
 
 
 def _check_trajectory(trajectory: Trajectory, prompts: Prompts, plan: Plan) -> None:
@@ -421,6 +424,26 @@ def _check_footprints(policy: Policy, trajectory: Trajectory) -> None:
         )
         assert fits, f"the footprint of {kind} is {tuple(footprint.shape)}, which does not fit {grid}"
     assert placed, "the policy can place nothing, not even Whole"
+
+
+def _check_states(policy: TellsStates, trajectory: Trajectory) -> None:
+    row, column = trajectory.mask.cpu().nonzero(as_tuple=True)
+    whole = policy.states(trajectory, Pick(row, column))
+    for name, tensor in (("x", whole.x), ("sigma", whole.sigma), ("text", whole.text)):
+        assert len(tensor) == len(row), f"states: {name} has {len(tensor)} rows for {len(row)} actions"
+        assert torch.isfinite(tensor).all(), f"states: {name} is not finite"
+        assert not tensor.requires_grad, f"states: {name} must not keep a graph"
+    assert whole.sigma.ndim == 1, f"states: sigma must be [n], is {tuple(whole.sigma.shape)}"
+    assert whole.text.ndim == 2, f"states: text must be [n, D], is {tuple(whole.text.shape)}"
+    few = torch.arange(len(row)).flip(0)[::2]
+    part = policy.states(trajectory, Pick(row[few], column[few]))
+    for name in ("x", "sigma", "text"):
+        same = torch.equal(getattr(part, name), getattr(whole, name)[few.to(whole.x.device)])
+        assert same, f"states: {name} depends on what else is picked"
+    texts = [trajectory.outcome.prompts.text[i] for i in row.tolist()]
+    for i, text in enumerate(texts):
+        alike = torch.equal(whole.text[i], whole.text[0])
+        assert alike or text != texts[0], f"states: text differs between samples of the prompt {text!r}"
 
 
 def check_reward(model: RewardModel, outcome: Outcome) -> None:

@@ -39,6 +39,7 @@ from mmalign.records import (
     Plan,
     Prompts,
     Split,
+    State,
     Steps,
     Trajectory,
     Where,
@@ -168,6 +169,26 @@ def guided(both: Tensor, guidance: float) -> Tensor:
     """Classifier-free guidance in fp32; both: velocities of the negative half, then of the positive half."""
     negative, positive = both.float().chunk(2)
     return negative + guidance * (positive - negative)
+
+
+def pooled(condition: Condition) -> Tensor:
+    """One vector [D] in fp32 of what the network sees of a prompt.
+
+    Embeddings of tokens count by the mean of those that a mask, where there is one, lets speak, pictures by
+    that of their rows. Each part has mean 0 and deviation 1, so that none drowns another. Whole numbers
+    (places, masks) are no part.
+    """
+    parts = []
+    for name in sorted(condition):
+        part, mask = condition[name], condition.get("mask")
+        if name == "mask" or not part.is_floating_point():
+            continue
+        part = part.float()
+        if mask is not None and name == "embeds" and mask.shape == part.shape[:1]:
+            part = part[mask.bool()]
+        mean = part if part.ndim == 1 else part.flatten(0, -2).mean(0)
+        parts.append(F.layer_norm(mean, mean.shape))
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -536,6 +557,15 @@ class FlowPolicy:
             noised = Noised(x, replay["clean"][rows], sigma.reshape(-1, *[1] * len(self.shape)))
             return Evaluation(trajectory.log_prob[rows, columns], velocity=velocity, noised=noised)
         return retake(trajectory, pick, velocity, self.noise, self._dims)
+
+    def states(self, trajectory: Trajectory, pick: Pick) -> State:
+        """Latent, time and pooled text of the picked actions."""
+        replay, rows, columns = trajectory.replay, pick.rows.cpu(), pick.columns.cpu()
+        texts = self._seen(trajectory.outcome.prompts.take(rows), 1.0)
+        encoded = {name: tensor.unbind() for name, tensor in texts.tensors.items()}
+        each = zip(*encoded.values(), strict=True)
+        text = torch.stack([pooled(dict(zip(encoded, one, strict=True))) for one in each])[texts.place]
+        return State(replay["x"][rows, columns], replay["sigma"][rows, columns], text)
 
     @property
     def site(self) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from mmalign.algorithms.dgpo import DGPO
 from mmalign.algorithms.diffusion_dpo import DiffusionDPO
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.distill import Distill
+from mmalign.algorithms.dpok import DPOK, ValueSettings
 from mmalign.algorithms.draft import DRaFT
 from mmalign.algorithms.drpo import DRPO
 from mmalign.algorithms.flow_dppo import FlowDPPO
@@ -120,6 +121,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "compared with past rewards": {
         "algorithm": DDPO(steps=4, clip=None, buffer=6, least=4),
+        "groups": 3,
+        "members": 2,
+        "updates": 1,
+        "reward": Patchy(),
+    },
+    "a baseline that is learned": {
+        "algorithm": DPOK(steps=4, clip=1e-2, kl=0.1, value=ValueSettings(1e-2, epochs=3, batch=8)),
         "groups": 3,
         "members": 2,
         "updates": 1,

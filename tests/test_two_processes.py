@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # Metrics that do not depend on how many processes share the work.
 SAME = (
     *("reward/", "groups/", "loss", "grad_norm", "ratio", "kl", "clip", "updates", "samples"),
-    *("balance/", "composition/"),
+    *("balance/", "composition/", "value/"),
 )
 pytestmark = pytest.mark.slow
 

@@ -22,6 +22,7 @@ from mmalign.records import (
     Plan,
     Prompts,
     RewardSignal,
+    State,
     Steps,
     Trajectory,
     Unit,
@@ -119,6 +120,11 @@ class ToyFlow:
             noised = Noised(x, replay["clean"][pick.rows], sigma.reshape(-1, 1, 1, 1))
             return Evaluation(trajectory.log_prob[at], velocity=velocity, noised=noised)
         return retake(trajectory, pick, velocity, self.noise, self.dims)
+
+    def states(self, trajectory: Trajectory, pick: Pick) -> State:
+        at, replay = (pick.rows, pick.columns), trajectory.replay
+        text = nn.functional.one_hot(replay["text"][pick.rows], 8).float()
+        return State(replay["x"][at], replay["sigma"][at], text)
 
     def locate(self, where: Where, trajectory: Trajectory) -> Tensor:
         columns, sites = trajectory.log_prob.shape[1], trajectory.log_prob.shape[2:]

@@ -16,6 +16,7 @@ ALGORITHMS: dict[str, str] = {
     "diffusion_dpo": "mmalign.algorithms.diffusion_dpo:DiffusionDPO",
     "diffusion_nft": "mmalign.algorithms.diffusion_nft:DiffusionNFT",
     "distill": "mmalign.algorithms.distill:Distill",
+    "dpok": "mmalign.algorithms.dpok:DPOK",
     "draft": "mmalign.algorithms.draft:DRaFT",
     "drpo": "mmalign.algorithms.drpo:DRPO",
     "flow_dppo": "mmalign.algorithms.flow_dppo:FlowDPPO",

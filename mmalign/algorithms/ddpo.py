@@ -1,9 +1,10 @@
-"""DDPO and DPOK: policy gradients on the chain of denoising steps (Black et al. 2023, arXiv:2305.13301; Fan
-et al. 2023, arXiv:2305.16381).
+"""DDPO: policy gradients on the chain of denoising steps (Black et al. 2023, arXiv:2305.13301).
 
     DDPO-IS  max  E sum_s min(r A, clip(r, 1 - clip, 1 + clip) A)       r from the steps as they were taken
     DDPO-SF  max  E sum_s log p(x_(s-1) | x_s) A                        clip: null, training.updates: 1
-    DPOK     either with kl > 0: - kl KL(step | step of the base model) at each step of the samples
+
+With kl > 0 either is held near the base model, - kl KL(step | step of the base model) at each step of the
+samples, as in DPOK (arXiv:2305.16381), whose learned baseline is `dpok.py`.
 
     A = (R - mean) / std of the prompt's own samples, bounded by advantage_clip
 
@@ -17,8 +18,7 @@ samples of T steps cost N T forwards to sample and N (T - 1) to train, twice as 
 N (T - 1) of the reference where kl > 0.
 
 Differs from the public code in that the buffer is off by default, for groups are drawn whole here, and in
-that the last step draws no noise and is no action. DPOK's learned baseline of the value, which depends on the
-prompt, is the mean of the group or of the buffer.
+that the last step draws no noise and is no action.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class DDPO:
 
     steps: int = 50  # denoising steps in training; fewer are faster
     clip: float | None = 1e-4  # trust region of the ratio; null: none, which is REINFORCE in one update
-    kl: float = 0.0  # pull towards the base model (DPOK: 0.01 to 0.1); raise it to keep quality
+    kl: float = 0.0  # pull towards the base model (usual: 0.01 to 0.1); raise it to keep quality
     advantage_clip: float = 5.0  # bound on the advantage
     # Latest rewards of each prompt, of all iterations, that it is compared with (published: 32); 0: its group
     buffer: int = 0

@@ -11,6 +11,7 @@ from mmalign.algorithms.dgpo import DGPO
 from mmalign.algorithms.diffusion_dpo import DiffusionDPO
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.distill import Distill
+from mmalign.algorithms.dpok import DPOK, ValueSettings
 from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance
 from mmalign.copies import Ramp
@@ -24,6 +25,7 @@ METHODS = [
     AWM(steps=3, renoise=TWO, ratio="sample"),
     CRD(steps=3, renoise=TWO, kl_guidance=None, old=SLOW, sampler=Ramp(0.0, 0.5, 0.9, wait=1)),
     DDPO(steps=3, clip=None, buffer=6, least=5, noise=Noise("flow", 0.7)),
+    DPOK(steps=3, clip=None, kl=0.1, value=ValueSettings(1e-2, batch=16)),
     DGPO(steps=3, renoise=ALIKE, average=SLOW, live_until=2),
     DiffusionDPO(steps=3, renoise=ALIKE, refresh=2),
     DiffusionNFT(steps=3, renoise=TWO, old=SLOW),

@@ -1068,7 +1068,7 @@ FAMILIES = {
         lambda: flux("FluxKontextPipeline"), call_kontext, latents=pack, sources=1, own_picture=True
     ),
     "ChromaPipeline": Row(chroma, lambda s: {"guidance_scale": s.guidance}, latents=pack),
-    "QwenImagePipeline": Row(qwen, call_qwen, {"max_sequence_length": 40}, latents=pack),
+    "QwenImagePipeline": Row(qwen, call_qwen, {"max_sequence_length": 120}, latents=pack),
     "QwenImageEditPipeline": Row(
         lambda: qwen("QwenImageEditPipeline"), call_qwen, latents=pack, sources=1, own_picture=True
     ),

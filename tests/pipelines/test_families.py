@@ -20,7 +20,7 @@ from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import ADAPTERS, catalog, load
 from mmalign.pipelines.flow import FlowPolicy
-from mmalign.records import Masks, Plan, Renoise, RewardSignal
+from mmalign.records import Masks, Pick, Plan, Renoise, RewardSignal
 from mmalign.sde import Noise, transition
 from mmalign.testing import prompts_of
 
@@ -210,6 +210,21 @@ def test_a_step_of_training_changes_the_lora_alone_and_diffusers_loads_it(world,
             assert (policy.images(prompts_for(row, files), STEPS, KEY) - ours).abs().max() > 1e-3
     finally:
         row.unload_lora(plain)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
+)
+def test_a_family_tells_what_actions_were_taken_in(world, name):
+    row, _, _, files, _ = world(name)
+    policy = policy_of(world, name, FlowGRPO().noise, guidance=1.0)
+    trajectory = policy.sample(prompts_for(row, files), Plan(2, (0,)), KEY)
+    state = policy.states(trajectory, Pick(torch.tensor([1, 0]), torch.tensor([0, 0])))
+    assert torch.equal(state.x, trajectory.replay["x"][[1, 0], 0])
+    assert state.sigma.tolist() == [float(trajectory.sigmas[0])] * 2
+    assert state.text.isfinite().all()
+    assert (state.text[0] - state.text[1]).abs().max() > 1e-2
+    assert not state.text.requires_grad
 
 
 def test_every_adapter_has_a_row():

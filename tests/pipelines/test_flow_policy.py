@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from toys import initial
 
 from mmalign.contracts import LoraSettings
-from mmalign.pipelines.flow import FlowPolicy
+from mmalign.pipelines.flow import FlowPolicy, pooled
 from mmalign.records import Masks, Pick, Plan, Spans, Steps, Whole
 from mmalign.rollout import state_ids
 from mmalign.sde import Noise, euler
@@ -174,6 +174,32 @@ def test_the_ratio_is_one_before_the_first_update(make, prompts, plan, guidance,
         now = policy.evaluate(trajectory, pick)
         ratio = (now.log_prob - trajectory.log_prob[pick.rows, pick.columns]).exp()
         assert (ratio - 1).abs().max() <= 1e-6
+
+
+def test_text_is_pooled_where_it_speaks():
+    """Tokens by the mean of those under the mask; each part by itself has mean 0 and deviation 1."""
+    tokens = torch.tensor([[1.0, 3.0], [3.0, 9.0], [9.0, -9.0]])
+    condition = {
+        "embeds": tokens,
+        "mask": torch.tensor([1.0, 1.0, 0.0]),
+        "pooled": torch.tensor([5.0, 1.0, 3.0]),
+        "places": torch.arange(3),
+    }
+    third = (3 / 2) ** 0.5
+    assert_close(pooled(condition), torch.tensor([-1, 1, third, -third, 0.0]), atol=1e-4, rtol=0)
+    del condition["mask"]  # the means are then 13/3 and 1
+    assert_close(pooled(condition)[:2], torch.tensor([1.0, -1.0]), atol=1e-4, rtol=0)
+
+
+def test_states_are_what_actions_were_taken_in(shared_policy, prompts):
+    plan = Plan(3, (0, 1))
+    trajectory = shared_policy.sample(prompts, plan, (0, "test"))
+    pick = Pick(torch.tensor([1, 0, 1]), torch.tensor([1, 0, 0]))
+    found = shared_policy.states(trajectory, pick)
+    assert torch.equal(found.x, trajectory.replay["x"][[1, 0, 1], [1, 0, 0]])
+    assert torch.equal(found.sigma, trajectory.sigmas[[1, 0, 0]])
+    texts = torch.stack([pooled(shared_policy.adapter.encode(prompts.text[i])) for i in (1, 0, 1)])
+    assert_close(found.text, texts)
 
 
 def test_what_is_recorded_is_the_transition_that_was_taken(shared_policy, prompts):
