@@ -12,17 +12,21 @@ Stage 2, both objectives on the model's own thoughts, several for each video:
 
 accuracy: share of the dimensions of a video to which the thought gives the score of the label. Length: .2 for
 every 500 characters, and 1 instead of .8 from 2000 on, as in the public code. LoRA, head and the embedding of
-the one new token learn; all else is frozen.
+the one new token learn; all else is frozen, also what sees, which the public code tunes in stage 1. A pair
+without reasoning is always read without it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -33,7 +37,7 @@ from mmalign.contracts import LoraSettings
 from mmalign.copies import Copies
 from mmalign.credit import zscore
 from mmalign.objectives import REFERENCE, clipped_gain, divergence
-from mmalign.pictures import Clip, frames_of, missing_video
+from mmalign.pictures import Clip, missing_video
 from mmalign.pipelines.captioner import saved_name
 from mmalign.pipelines.flow import add_lora, take
 from mmalign.pipelines.videos import open_video
@@ -46,15 +50,19 @@ from mmalign.rewardmodels.descore import (
     Inputs,
     Thinker,
     Thought,
+    adapter_of,
     answer_of,
     settings_of,
+    shown_of,
 )
 
 PAIRS = "pairs.jsonl"
 Loss = Literal["bradley_terry", "margin", "tie_aware"]
 MARGIN, TIE = 0.57, math.log(5.0)
-KEPT = 512  # videos whose inputs are kept
-Log = Callable[[dict[str, float]], None]
+KEPT = 2**31  # bytes of inputs of videos that are kept
+CHECKPOINT = "training.pt"
+Row = dict[str, float]
+Log = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def hidden_pairs(count: int, hide: float, draws: torch.Generator) -> list[bool]:
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Stage 1; numbers of the paper, for a model of 8B."""
+    """Stage 1; lr, warmup, hide, rank and alpha are the paper's, for a model of 8B."""
 
     steps: int = 1000
     batch: int = 16  # pairs at once
@@ -172,9 +180,11 @@ class ColdStart:
     rank: int = 64
     alpha: int = 128
     seed: int = 0
+    save_every: int = 50  # steps, of which a killed run loses the last ones
 
     def __post_init__(self) -> None:
         _positive("cold start", steps=self.steps, batch=self.batch, lr=self.lr, rank=self.rank)
+        _positive("cold start", alpha=self.alpha, save_every=self.save_every)
         if not 0 <= self.hide <= 1 or not 0 <= self.warmup <= 1:
             raise ValueError(f"hide and warmup lie in 0..1, got {self.hide}, {self.warmup}")
         if self.loss not in (known := get_args(Loss)):
@@ -183,7 +193,7 @@ class ColdStart:
 
 @dataclass(frozen=True)
 class DualRL:
-    """Stage 2; numbers of the paper, for a model of 8B."""
+    """Stage 2; rollouts, lr, kl and weight are the paper's, for a model of 8B."""
 
     steps: int = 200
     batch: int = 8  # pairs at once; both videos are thought about
@@ -193,12 +203,13 @@ class DualRL:
     clip: float = 0.2
     kl: float = 1e-5  # raise it where thoughts lose their language
     weight: float = 5e-3  # of the preference loss
-    length_step: int = 500  # characters of a fifth of the length reward; invites padding, watch `length`
+    length_step: int = 500  # characters of a fifth of the length reward; invites padding: watch `characters`
     seed: int = 0
+    save_every: int = 10  # steps, of which a killed run loses the last ones
 
     def __post_init__(self) -> None:
         _positive("dual rl", steps=self.steps, batch=self.batch, lr=self.lr, minibatch=self.minibatch)
-        _positive("dual rl", length_step=self.length_step, clip=self.clip)
+        _positive("dual rl", length_step=self.length_step, clip=self.clip, save_every=self.save_every)
         if self.rollouts < 2:
             raise ValueError(f"rollouts are compared with each other: 2 or more, got {self.rollouts}")
         if self.kl < 0 or self.weight < 0:
@@ -222,30 +233,29 @@ class Student:
         judge.head.requires_grad_(True)
         judge.row.requires_grad_(True)
         self._inputs: dict[tuple[str, Clip], Inputs] = {}
+        self._room = KEPT
 
     @property
     def learned(self) -> list[nn.Parameter]:
         return [*self.adapter.values(), self.judge.head.weight, self.judge.row]
 
     @classmethod
-    def load(cls, folder: Path) -> Student:
-        """What `save` wrote, to be trained further."""
-        from safetensors.torch import load_file
-
-        judge = Thinker(settings_of(str(folder)))
+    def load(cls, folder: Path, model: str | None = None) -> Student:
+        """What `save` wrote, to be trained further; model: where its base lies now."""
+        judge = Thinker(settings_of(str(folder), model))
         judge.take(folder)
-        said = json.loads((folder / ADAPTER_SAID).read_text())
-        student = cls(judge, said["r"], said["lora_alpha"])
+        state, rank, alpha = adapter_of(folder)
+        student = cls(judge, rank, alpha)
         live = {saved_name(name): p for name, p in student.adapter.items()}
         with torch.no_grad():
-            take(live, load_file(folder / ADAPTER), folder)
+            take(live, state, folder)
         return student
 
     def save(self, folder: Path) -> None:
         """A folder that the reward `descore` reads; the adapter also loads in peft."""
         from safetensors.torch import save_file
 
-        self.judge.save(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         said = {
             "peft_type": "LORA",
             "r": self.rank,
@@ -257,6 +267,7 @@ class Student:
         (folder / ADAPTER_SAID).write_text(json.dumps(said, indent=2) + "\n")
         layers = {saved_name(name): p.detach().cpu().contiguous() for name, p in self.adapter.items()}
         save_file(layers, folder / ADAPTER, {"format": "pt"})
+        self.judge.save(folder)  # last: without its settings a folder is no judge
 
     def asked(self, pairs: Sequence[Pair]) -> list[Inputs]:
         """What the judge reads of pairs, chosen and rejected in turn; it is kept as long as there is room."""
@@ -264,17 +275,17 @@ class Student:
         for pair in pairs:
             for side in pair.sides:
                 name = (pair.prompt, side.video)
-                if name not in self._inputs:
-                    if len(self._inputs) >= KEPT:
-                        self._inputs.clear()
-                    self._inputs[name] = look(self.judge, *name)
-                found.append(self._inputs[name])
+                inputs = self._inputs.get(name) or look(self.judge, *name)
+                if name not in self._inputs and self._room > 0:
+                    self._inputs[name] = inputs
+                    self._room -= sum(tensor.nbytes for tensor in inputs.values())
+                found.append(inputs)
         return found
 
 
 def look(judge: Thinker, prompt: str, video: Clip) -> Inputs:
-    """What a judge reads of a video and its prompt; of a file, as many frames as it was made for."""
-    film = open_video(video, judge.settings.frames if frames_of(video.place) is None else None)
+    """What a judge reads of a video and its prompt: the frames that the reward shows of it."""
+    film = open_video(video, judge.settings.frames, shown_of)
     shown = torch.from_numpy(np.stack([np.asarray(frame) for frame in film.frames]))
     return judge.encode(shown.permute(0, 3, 1, 2).float() / 255, prompt)
 
@@ -291,23 +302,31 @@ def batches(pairs: Sequence[Pair], size: int, seed: int, purpose: str) -> Iterat
 
 
 def cold_start(
-    student: Student, pairs: Sequence[Pair], settings: ColdStart, log: Log = lambda row: None
+    student: Student,
+    pairs: Sequence[Pair],
+    settings: ColdStart,
+    log: Log = lambda row: None,
+    folder: Path | None = None,
 ) -> None:
-    """Stage 1: the head learns to score given thoughts, and videos without them."""
+    """Stage 1: the head learns to score given thoughts, and videos without them.
+
+    log is called after each step. folder: of the checkpoint from which a killed run goes on exactly; `log` is
+    then first told of the steps that were done. ValueError where it was begun with other settings or pairs.
+    """
     judge = student.judge
     if not any(side.reasoning for pair in pairs for side in pair.sides):
         raise ValueError("the cold start reads given reasoning, and no pair has any")
-    given = {side.video: judge.spell(side.reasoning) for pair in pairs for side in pair.sides}
-    optimizer = torch.optim.AdamW(student.learned, settings.lr, weight_decay=0.0)
-    feed = batches(pairs, settings.batch, settings.seed, "cold start")
-    for step in range(settings.steps):
-        optimizer.param_groups[0]["lr"] = settings.lr * min(
-            1.0, (step + 1) / max(1, round(settings.warmup * settings.steps))
-        )
-        some = next(feed)
+    for pair in pairs:
+        if bool(pair.chosen.reasoning) != bool(pair.rejected.reasoning):
+            raise ValueError(f"a pair needs reasoning on both videos or on none, and {pair.prompt!r} on one")
+    given = {text: judge.spell(text) for text in {side.reasoning for pair in pairs for side in pair.sides}}
+    warm = max(1, round(settings.warmup * settings.steps))
+
+    def update(step: int, some: list[Pair], optimizer: torch.optim.Optimizer) -> Row:
+        optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (step + 1) / warm)
         hidden = hidden_pairs(len(some), settings.hide, generator(settings.seed, "hide", step))
         thoughts = [
-            () if hide else given[side.video]
+            () if hide else given[side.reasoning]
             for pair, hide in zip(some, hidden, strict=True)
             for side in pair.sides
         ]
@@ -315,23 +334,28 @@ def cold_start(
         tie = torch.tensor([pair.tie for pair in some], device=score.device)
         loss = preference_loss(score[:, 0], score[:, 1], tie, settings.loss).mean()
         norm = _step(optimizer, student, loss)
-        right = (score[:, 0] > score[:, 1])[~tie].float()
-        log({"step": step + 1, "loss": loss.item(), "right": right.mean().item(), "norm": norm})
+        return {"loss": loss.item(), "right": share(score[:, 0] > score[:, 1], ~tie), "norm": norm}
+
+    _train(student, pairs, settings, "cold start", update, log, folder)
 
 
-def dual_rl(student: Student, pairs: Sequence[Pair], settings: DualRL, log: Log = lambda row: None) -> None:
-    """Stage 2: thoughts learn by their reward, the head by preferences on them."""
+def dual_rl(
+    student: Student,
+    pairs: Sequence[Pair],
+    settings: DualRL,
+    log: Log = lambda row: None,
+    folder: Path | None = None,
+) -> None:
+    """Stage 2: thoughts learn by their reward, the head by preferences on them; arguments as in stage 1."""
     judge = student.judge
     if lacking := next((pair for pair in pairs for side in pair.sides if not side.scores), None):
         raise ValueError(f"dual rl needs scores of both videos, and {lacking.prompt!r} has none")
     copies = Copies(nn.ParameterList(student.learned))
     copies.save(REFERENCE)
-    optimizer = torch.optim.AdamW(student.learned, settings.lr, weight_decay=0.0)
-    feed = batches(pairs, settings.batch, settings.seed, "dual rl")
-    for step in range(settings.steps):
-        some = next(feed)
+
+    def update(step: int, some: list[Pair], optimizer: torch.optim.Optimizer) -> Row:
         rolled = roll(student, some, settings, seed_of(settings.seed, "thoughts", step) % 2**31)
-        found: list[dict[str, float]] = []
+        found: list[Row] = []
         for first in range(0, len(some), settings.minibatch):
             part, reference = rolled.take(first, settings.minibatch), None
             if settings.kl:
@@ -340,7 +364,69 @@ def dual_rl(student: Student, pairs: Sequence[Pair], settings: DualRL, log: Log 
             loss, row = dual_loss(judge, part, reference, settings)
             found.append({**row, "norm": _step(optimizer, student, loss)})
         mean = {name: float(np.nanmean([row[name] for row in found])) for name in found[0]}
-        log({"step": step + 1, **rolled.measures, **mean})
+        return {**rolled.measures, **mean}
+
+    _train(student, pairs, settings, "dual rl", update, log, folder)
+
+
+def _train(
+    student: Student,
+    pairs: Sequence[Pair],
+    settings: ColdStart | DualRL,
+    stage: str,
+    update: Callable[[int, list[Pair], torch.optim.Optimizer], Row],
+    log: Log,
+    folder: Path | None,
+) -> None:
+    """The steps of a stage, from where its checkpoint stands.
+
+    A checkpoint is what is learned, the state of the optimizer and the log; every draw is keyed by its step.
+    """
+    optimizer = torch.optim.AdamW(student.learned, settings.lr, weight_decay=0.0)
+    file, rows = folder / CHECKPOINT if folder else None, list[Row]()
+    begun = _begun(student, pairs, settings, stage) if file else {}
+    if file and file.is_file():
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if odd := sorted(name for name in begun if begun[name] != state["begun"].get(name)):
+            raise ValueError(f"{file}: was begun with other {', '.join(odd)}: use another --out")
+        with torch.no_grad():
+            for p, saved in zip(student.learned, state["learned"], strict=True):
+                p.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        rows = state["rows"]
+        for row in rows:
+            log(row)
+    feed = islice(batches(pairs, settings.batch, settings.seed, stage), len(rows), None)
+    for step in range(len(rows), settings.steps):
+        rows.append({"step": step + 1, **update(step, next(feed), optimizer)})
+        if file and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
+            learned = [p.detach() for p in student.learned]
+            state = {"begun": begun, "rows": rows, "learned": learned, "optimizer": optimizer.state_dict()}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, file.with_suffix(".partial"))
+            os.replace(file.with_suffix(".partial"), file)
+        log(rows[-1])
+
+
+def _begun(
+    student: Student, pairs: Sequence[Pair], settings: ColdStart | DualRL, stage: str
+) -> dict[str, Any]:
+    """By what a run is known again: all that its numbers depend on, places of files left aside."""
+    told = [
+        (pair.prompt, pair.tie, [(side.reasoning, sorted(side.scores.items())) for side in pair.sides])
+        for pair in pairs
+    ]
+    start = hashlib.blake2b(digest_size=16)
+    for p in student.learned:
+        start.update(p.detach().cpu().numpy().tobytes())
+    known = {
+        **asdict(student.judge.settings),
+        **asdict(settings),
+        "stage": stage,
+        "pairs": hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest(),
+        "weights": start.hexdigest(),
+    }
+    return {name: value for name, value in known.items() if name not in ("model", "save_every")}
 
 
 @dataclass(frozen=True)
@@ -434,7 +520,7 @@ def likely(
 
 def dual_loss(
     judge: Thinker, rolled: Rolled, reference: Tensor | None, settings: DualRL
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, Row]:
     """L2 of some pairs; reference: log-probabilities [N, T] of stage 1, None without a pull to it."""
     new, score = likely(judge, rolled.asked, rolled.thoughts, rolled.token)
     new = torch.where(rolled.mask, new, 0.0)
@@ -449,9 +535,13 @@ def dual_loss(
     policy = loss[rolled.mask].mean()
     chosen, rejected = score.reshape(len(rolled.tie), 2, -1).unbind(1)
     preference = preference_loss(chosen, rejected, rolled.tie[:, None]).mean()
-    right = (chosen > rejected)[~rolled.tie].float()
-    measures |= {"preference": preference.item(), "right": right.mean().item() if len(right) else math.nan}
+    measures |= {"preference": preference.item(), "right": share(chosen > rejected, ~rolled.tie)}
     return policy + settings.weight * preference, measures
+
+
+def share(right: Tensor, counts: Tensor) -> float:
+    """Of True among the rows that count; nan where none does."""
+    return right[counts].float().mean().item()
 
 
 def _step(optimizer: torch.optim.Optimizer, student: Student, loss: Tensor) -> float:

@@ -44,23 +44,21 @@ SAID, HEAD, ADAPTER, ADAPTER_SAID = (
 PROMPT = "{prompt}"
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # a number for each token
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-VERDICT = re.compile(r"\"?([A-Za-z][\w -]*?)\"?\s*:\s*(-?\d+)")
+VERDICT = re.compile(r"\"?([A-Za-z][\w -]*?)\"?\s*:\s*(-?\d+)(?!\.?\d)")  # 3, and not the 3 of 3.5
 Inputs = Mapping[str, Tensor]  # what a processor makes of one video and its prompt
 
 
 @dataclass(frozen=True)
 class ThinkerSettings:
-    """What a judge was trained as; it must be asked the same way.
+    """What a judge was trained as; it must be asked the same way."""
 
-    scale: mean and deviation of its scores with a thought, then without.
-    """
-
-    model: str
-    instruction: str = PROMPT
-    token: str = "<Reward>"
-    frames: int = 8
-    fps: float = 2.0
-    longest: int = 1024
+    model: str  # local folder or hub id
+    instruction: str = PROMPT  # what it is asked, around the prompt of the video
+    token: str = "<Reward>"  # whose state is scored; it is added to the words of the model
+    frames: int = 8  # that are shown, from end to end; raise it for quick motion, lower it for less memory
+    fps: float = 2.0  # at which they are said to follow each other, to models that ask
+    longest: int = 1024  # tokens of a thought
+    # Mean and deviation of its scores with a thought, then without.
     scale: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 1.0), (0.0, 1.0))
 
     def __post_init__(self) -> None:
@@ -95,7 +93,7 @@ class Thinker:
     """A model that thinks about videos, with the token and the head that score them."""
 
     def __init__(self, settings: ThinkerSettings, precision: Precision = "fp32") -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
         self.settings = settings
         try:
@@ -120,6 +118,9 @@ class Thinker:
         self.ends = sorted(int(number) for number in found)
         special = {number for number, token in words.added_tokens_decoder.items() if token.special}
         self.banned = sorted(({*words.all_special_ids, *special, self.token}) - set(self.ends))
+        self.pad = self.ends[0] if words.pad_token_id is None else int(words.pad_token_id)
+        # Penalties and cuts of its own would draw thoughts from another distribution than `log_probs`.
+        self.network.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
         self.network.eval().requires_grad_(False)
         self.head = nn.Linear(width, 1, bias=False).requires_grad_(False)
         nn.init.normal_(self.head.weight, std=width**-0.5, generator=torch.Generator().manual_seed(0))
@@ -132,12 +133,9 @@ class Thinker:
         """What training wrote, with its adapter merged; model: where its base lies now."""
         judge = cls(settings_of(folder, model), precision)
         judge.take(Path(folder))
-        file = Path(folder) / ADAPTER
-        if file.is_file():
-            from safetensors.torch import load_file
-
-            said = json.loads((Path(folder) / ADAPTER_SAID).read_text())
-            merge(judge.network, load_file(file), said["lora_alpha"] / said["r"])
+        if (Path(folder) / ADAPTER).is_file():
+            state, rank, alpha = adapter_of(Path(folder))
+            merge(judge.network, state, alpha / rank)
         return judge
 
     def take(self, folder: Path) -> None:
@@ -160,9 +158,9 @@ class Thinker:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SAID).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
         state = {"weight": self.head.weight, "token": self.row}
         save_file({name: p.detach().cpu().contiguous() for name, p in state.items()}, folder / HEAD)
+        (folder / SAID).write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
 
     def to(self, device: torch.device | str) -> Thinker:
         self.network.to(device)
@@ -177,8 +175,7 @@ class Thinker:
 
     def encode(self, video: Tensor, prompt: str) -> Inputs:
         """What the model reads of one video [F, 3, H, W] in [0, 1] and its prompt; a first axis of 1."""
-        picked = torch.linspace(0, len(video) - 1, min(self.settings.frames, len(video))).round().long()
-        shown = [*as_bytes(video[picked].cpu())]
+        shown = [*as_bytes(video[shown_of(len(video), self.settings.frames)].cpu())]
         films = getattr(self.processor, "video_processor", None) is not None
         part: list[Mapping[str, Any]] = [{"type": "video"}] if films else [{"type": "image"}] * len(shown)
         asked = {"type": "text", "text": self.settings.instruction.replace(PROMPT, prompt)}
@@ -242,7 +239,7 @@ class Thinker:
     ) -> Reading:
         """Scores after given thoughts; an empty one is none. along: also the states along the thought."""
         tails = [(*thought, self.token) for thought in thoughts]
-        states = self.network.model(**self._together(asked, tails)).last_hidden_state
+        states = self.network.model(**self._together(asked, tails), use_cache=False).last_hidden_state
         begin = torch.tensor([one["input_ids"].shape[1] for one in asked], device=states.device)
         length = torch.tensor([len(thought) for thought in thoughts], device=states.device)
         row = torch.arange(len(asked), device=states.device)
@@ -264,7 +261,6 @@ class Thinker:
         self, asked: Sequence[Inputs], tails: Sequence[Sequence[int]], left: bool = False
     ) -> dict[str, Tensor]:
         """Questions with the tokens that follow each, padded to one length, on the device."""
-        pad = self.processor.tokenizer.pad_token_id or 0
         longest = max(one["input_ids"].shape[1] + len(tail) for one, tail in zip(asked, tails, strict=True))
         rows: dict[str, list[Tensor]] = {}
         for one, tail in zip(asked, tails, strict=True):
@@ -276,7 +272,7 @@ class Thinker:
                     tensor = torch.cat([tensor.cpu(), after.to(tensor.dtype)], 1)
                     short = longest - tensor.shape[1]
                     edge = (short, 0) if left else (0, short)
-                    tensor = F.pad(tensor, edge, value=pad if name == "input_ids" else 0)
+                    tensor = F.pad(tensor, edge, value=self.pad if name == "input_ids" else 0)
                 elif tensor.is_floating_point():
                     tensor = tensor.to(self.network.dtype)
                 rows.setdefault(name, []).append(tensor)
@@ -340,6 +336,11 @@ class DeScore:
         return thoughts
 
 
+def shown_of(total: int, count: int) -> list[int]:
+    """The numbers of up to `count` frames of a video of `total`, evenly from its first to its last."""
+    return [round(float(number)) for number in torch.linspace(0, total - 1, min(count, total))]
+
+
 def name_of(video: Tensor, prompt: str) -> bytes:
     """The same for equal videos and prompts alone."""
     made = hashlib.blake2b(f"{tuple(video.shape)} {prompt}".encode(), digest_size=16)
@@ -360,6 +361,17 @@ def settings_of(folder: str, model: str | None = None) -> ThinkerSettings:
     return ThinkerSettings(**said | ({"model": model} if model else {}))
 
 
+def adapter_of(folder: Path) -> tuple[dict[str, Tensor], int, int]:
+    """The weights of a folder's adapter as peft names them, its rank and its alpha."""
+    from safetensors.torch import load_file
+
+    for name in (ADAPTER, ADAPTER_SAID):
+        if not (folder / name).is_file():
+            raise ValueError(f"descore: {folder} has no {name}")
+    said = json.loads((folder / ADAPTER_SAID).read_text())
+    return load_file(folder / ADAPTER), int(said["r"]), int(said["lora_alpha"])
+
+
 @torch.no_grad()
 def merge(network: nn.Module, state: Mapping[str, Tensor], scale: float) -> None:
     """Adds an adapter as peft names it to the weights: W + scale B A (arXiv:2106.09685)."""
@@ -378,7 +390,7 @@ def merge(network: nn.Module, state: Mapping[str, Tensor], scale: float) -> None
 def answer_of(text: str) -> dict[str, int] | None:
     """What a thought says in the end of each dimension; None where there is no answer.
 
-    Read from <answer>name: number, ...</answer>, or from JSON between the marks.
+    Read from <answer>name: number, ...</answer>, or from JSON between the marks; scores are whole numbers.
     """
     found = ANSWER.findall(text)
     verdicts = {name.strip(): int(score) for name, score in VERDICT.findall(found[-1])} if found else {}

@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     part.add_argument("--stage", type=int, choices=(1, 2), required=True, help="cold start or dual RL")
     part.add_argument("--pairs", type=Path, required=True, help="folder with pairs.jsonl")
     part.add_argument("--out", type=Path, required=True, help="folder of the judge")
-    part.add_argument("--model", help="stage 1: folder or hub id of an image-text-to-text model")
+    part.add_argument("--model", help="image-text-to-text model, a folder or hub id; stage 2: its new place")
     part.add_argument("--start", type=Path, help="stage 2: what stage 1 wrote")
     for field in fields(ThinkerSettings):
         if field.name not in ("model", "scale"):
@@ -103,12 +103,19 @@ def chosen(kind: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
+def options_of(stage: int) -> set[str]:
+    """The options of `train` that a stage takes."""
+    if stage == 2:
+        return {"start", "model", *(field.name for field in fields(DualRL))}
+    return {field.name for kind in (ThinkerSettings, ColdStart) for field in fields(kind)} - {"scale"}
+
+
 def watcher(options: argparse.Namespace) -> None:
     pretrain_watcher(WatcherPretraining(**chosen(WatcherPretraining, options)), options.out)
 
 
 def pairs(options: argparse.Namespace) -> None:
-    """Writes clips, each a zip of its frames, and pairs.jsonl."""
+    """Writes clips, each a zip of its frames, and pairs.jsonl when all are there."""
     (options.out / "clips").mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"pairs {options.split} {options.seed}")
     numbers = looked_at(options.frames)
@@ -122,17 +129,23 @@ def pairs(options: argparse.Namespace) -> None:
         video = f"clips/{name}.zip/clip"
         return {"video": video, "reasoning": reason(judged, numbers), "scores": judged.scores}
 
-    with open(options.out / PAIRS, "w", encoding="utf-8") as lines:
-        for i in tqdm(range(options.count), "pairs"):
-            pair = draw_pair(rng, options.split)
-            row: dict[str, object] = {"prompt": pair.prompt, "tie": pair.tie, "kind": pair.kind}
-            row["chosen"] = write(pair.chosen, f"{i:05d}_chosen")
-            row["rejected"] = write(pair.rejected, f"{i:05d}_rejected")
-            lines.write(json.dumps(row) + "\n")
+    lines = []
+    for i in tqdm(range(options.count), "pairs"):
+        pair = draw_pair(rng, options.split)
+        row: dict[str, object] = {"prompt": pair.prompt, "tie": pair.tie, "kind": pair.kind}
+        row["chosen"] = write(pair.chosen, f"{i:05d}_chosen")
+        row["rejected"] = write(pair.rejected, f"{i:05d}_rejected")
+        lines.append(json.dumps(row) + "\n")
+    (options.out / PAIRS).write_text("".join(lines), encoding="utf-8")
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains a judge and writes its folder."""
+    """Trains a judge and writes its folder; the same command goes on with a run that was killed."""
+    own, other = (options_of(stage) for stage in (options.stage, 3 - options.stage))
+    if odd := [name for name in sorted(other - own) if getattr(options, name) is not None]:
+        raise ValueError(f"stage {options.stage} takes no --{odd[0].replace('_', '-')}")
+    if options.calibrate < 1:
+        raise ValueError(f"--calibrate must be 1 or more pairs, got {options.calibrate}")
     found, kind = read_pairs(options.pairs), STAGES[options.stage]
     settings = kind(**chosen(kind, options))
     if options.stage == 1:
@@ -143,7 +156,7 @@ def train(options: argparse.Namespace) -> None:
     else:
         if not options.start:
             raise ValueError("stage 2 needs --start, what stage 1 wrote")
-        student = Student.load(options.start)
+        student = Student.load(options.start, options.model)
     student.judge.to(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=settings.steps, desc=f"stage {options.stage}")
@@ -156,7 +169,7 @@ def train(options: argparse.Namespace) -> None:
             bar.set_postfix({name: f"{row[name]:.3f}" for name in told if name in row}, refresh=False)
             bar.update()
 
-        (cold_start if options.stage == 1 else dual_rl)(student, found, settings, log)
+        (cold_start if options.stage == 1 else dual_rl)(student, found, settings, log, options.out)
     bar.close()
     calibrated(student.judge, found[: options.calibrate])
     student.save(options.out)

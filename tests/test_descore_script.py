@@ -41,5 +41,8 @@ def test_from_a_captioner_to_a_judge_of_videos(descore, tmp_path, capsys):
     assert "| all |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="error: stage 2 needs --start, what stage 1 wrote"):
         descore("train", "--stage", 2, "--pairs", "pairs", "--out", "other")
+    descore("train", "--stage", 2, "--start", "cold", "--out", "dual", *common, *dual)  # it is done already
+    with pytest.raises(SystemExit, match="error: stage 2 takes no --hide"):
+        descore("train", "--stage", 2, "--start", "cold", "--hide", 0.1, "--out", "other", *common)
     with pytest.raises(SystemExit, match=r"error: nowhere: has no pairs\.jsonl"):
         descore("train", "--stage", 2, "--start", "cold", "--pairs", "nowhere", "--out", "other")

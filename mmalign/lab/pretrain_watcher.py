@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mmalign.lab.clip_pairs import draw_pair, looked_at, reason
 from mmalign.lab.pretrain_captioner import IGNORED, PIECES, as_pixels, encode, optimizers
-from mmalign.lab.pretrain_loop import Schedule, Stage
+from mmalign.lab.pretrain_loop import Schedule, Stage, remember
 from mmalign.lab.render import render
 from mmalign.lab.scenes import CANVAS
 
@@ -74,8 +74,7 @@ def load_start(start: str, frames: int) -> tuple[Any, Any]:
 
 def pretrain_watcher(config: WatcherPretraining, out: Path) -> None:
     """Trains and writes the folder `out/watcher`, going on if `out` was begun."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "pretraining.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    remember(config, out, free=("steps", "save_every"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model, processor = load_start(config.start, config.frames)
@@ -96,9 +95,8 @@ def pretrain_watcher(config: WatcherPretraining, out: Path) -> None:
         errors = nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
         )
-        said = logits[:, :-1].argmax(-1) == labels[:, 1:]
-        verdicts = said[labels[:, 1:] != IGNORED].float().mean()
-        return errors, {"right": verdicts.item()}
+        right = (logits[:, :-1].argmax(-1) == labels[:, 1:])[labels[:, 1:] != IGNORED]
+        return errors, {"right": right.float().mean().item()}
 
     schedule = Schedule(config.steps, decay=config.steps // 2)
     Stage(

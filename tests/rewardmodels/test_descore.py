@@ -13,6 +13,7 @@ import torch
 import transformers as T
 from PIL import Image
 from torch import Tensor
+from transformers.video_utils import VideoMetadata
 
 from mmalign import descore_training
 from mmalign.descore_training import (
@@ -30,22 +31,34 @@ from mmalign.descore_training import (
     judged,
     length_reward,
     likely,
+    look,
     preference_loss,
     read_pairs,
     roll,
     thought_reward,
 )
+from mmalign.pictures import Clip
 from mmalign.records import Outcome
 from mmalign.rewardmodels import load
-from mmalign.rewardmodels.descore import ADAPTER, HEAD, SAID, Thinker, ThinkerSettings, answer_of
+from mmalign.rewardmodels.descore import (
+    ADAPTER,
+    ADAPTER_SAID,
+    HEAD,
+    SAID,
+    Thinker,
+    ThinkerSettings,
+    Thought,
+    answer_of,
+)
 from mmalign.testing import check_reward, prompts_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
+from captioners import FAMILIES as CAPTIONERS
 from captioners import tiny_captioner, tiny_llava
 
 PROMPTS = ["a red dog", "two cat on the hat"]
 THOUGHT = "the dog left a red hat"
-FAMILIES = ("Llava", "Qwen2_5_VL", "Qwen3VL")
+FAMILIES = ("Llava", *sorted(CAPTIONERS.keys() - {"PaliGemma"}))  # which has no chat template
 
 
 def family(name: str, folder: Path) -> str:
@@ -156,6 +169,24 @@ def test_log_probs_along_a_thought_are_those_of_a_plain_forward(judge):
             assert torch.allclose(found[row, :count], wanted, atol=1e-4)
 
 
+def test_thoughts_are_drawn_from_the_plain_distribution_whatever_the_model_prefers(models, tmp_path):
+    """Penalties and cuts of a generation_config are left aside, and any token that ends a text ends them."""
+    plain = Thinker(settings(models["Llava"]))
+    one = asked(plain, videos())
+    plain.network.save_pretrained(tmp_path)
+    plain.processor.save_pretrained(tmp_path)
+    ending = plain.think(one)[0].tokens[2]
+    words = {"eos_token_id": [plain.ends[0], ending], "pad_token_id": plain.pad}
+    cuts = {"do_sample": True, "top_k": 1, "repetition_penalty": 9.0, "no_repeat_ngram_size": 1}
+    T.GenerationConfig(**words, **cuts).save_pretrained(tmp_path)
+    other = Thinker(settings(str(tmp_path)))
+    greedy = plain.think(one)[0].tokens
+    cut = greedy.index(ending)
+    assert other.think(one)[0] == Thought(greedy[:cut], ending)
+    drawn = {thought.tokens for seed in range(8) for thought in other.think(one[:1], 1.0, seed)}
+    assert len(drawn) > 1
+
+
 # ---- the formulas
 
 
@@ -202,6 +233,7 @@ def test_a_thought_is_worth_its_right_dimensions_its_form_and_its_length():
     for text in (plain, as_json):
         assert answer_of(text) == {"appearance": 1, "direction": 0}
     assert answer_of("appearance: 1") is None
+    assert answer_of("<answer>a: 10, b: 3.5, c: -2, d: 4.</answer>") == {"a": 10, "c": -2, "d": 4}
     label = {"appearance": 1, "direction": 1}
     assert accuracy(answer_of(plain), label) == 0.5
     assert thought_reward(plain, label) == pytest.approx(0.7 * 0.5 + 0.1)
@@ -295,6 +327,79 @@ def test_both_videos_of_a_pair_are_seen_with_reasoning_or_without(models, pairs_
     shown = [[bool(thought) for thought in thoughts] for thoughts in seen]
     assert all(row[i] == row[i + 1] for row in shown for i in range(0, len(row), 2))
     assert {one for row in shown for one in row} == {True, False}
+
+
+def test_a_video_of_two_pairs_is_read_with_the_reasoning_of_each(models, pairs_folder, monkeypatch):
+    first, second, *_ = read_pairs(pairs_folder)
+    other = replace(first.chosen, reasoning="the hat")
+    again = replace(second, chosen=other, rejected=first.rejected)
+    student, seen = student_of(models["Llava"]), []
+    read = student.judge.read
+    monkeypatch.setattr(student.judge, "read", lambda a, t, **k: (seen.extend(t), read(a, t, **k))[1])
+    cold_start(student, [first, again], ColdStart(steps=1, batch=2, hide=0.0))
+    wanted = [side.reasoning for pair in (first, again) for side in pair.sides]
+    assert sorted(map(student.judge.words, seen)) == sorted(wanted)
+
+
+def test_reasoning_on_one_video_of_a_pair_alone_is_refused(models, pairs_folder):
+    first, *rest = read_pairs(pairs_folder)
+    odd = replace(first, rejected=replace(first.rejected, reasoning=""))
+    with pytest.raises(ValueError, match="reasoning on both videos or on none, and 'a red dog' on one"):
+        cold_start(student_of(models["Llava"]), [odd, *rest], ColdStart(steps=1))
+    bare = replace(odd, chosen=replace(odd.chosen, reasoning=""))
+    with pytest.raises(ValueError, match="no pair has any"):
+        cold_start(student_of(models["Llava"]), [bare], ColdStart(steps=1))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_killed_run_goes_on_exactly(stage, models, cold, pairs_folder, tmp_path):
+    pairs = read_pairs(pairs_folder)
+    if stage == 1:
+        run, settings_ = cold_start, ColdStart(steps=5, batch=3, lr=1e-2, save_every=2)
+    else:
+        run, settings_ = dual_rl, DualRL(4, batch=2, rollouts=2, lr=1e-2, length_step=5, save_every=2)
+
+    def fresh() -> Student:
+        return student_of(models["Llava"]) if stage == 1 else Student.load(cold[2])
+
+    def killed(row: dict[str, float]) -> None:
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    whole, rows = fresh(), []
+    run(whole, pairs, settings_, rows.append)
+    with pytest.raises(KeyboardInterrupt):
+        run(fresh(), pairs, settings_, killed, tmp_path)
+    for _ in range(2):  # the second time there is nothing left to do
+        again, told = fresh(), []
+        run(again, pairs, settings_, told.append, tmp_path)
+        assert repr(told) == repr(rows)  # nan equals nan
+        assert all(torch.equal(a, b) for a, b in zip(again.learned, whole.learned, strict=True))
+    with pytest.raises(ValueError, match=r"training.pt: was begun with other lr: use another --out"):
+        run(fresh(), pairs, replace(settings_, lr=1e-3), folder=tmp_path)
+    with pytest.raises(ValueError, match="was begun with other pairs"):
+        run(fresh(), pairs[:3], settings_, folder=tmp_path)
+    with torch.no_grad():
+        (other := fresh()).learned[0].add_(1.0)
+    with pytest.raises(ValueError, match="was begun with other weights"):
+        run(other, pairs, settings_, folder=tmp_path)
+
+
+def test_a_video_file_is_shown_by_the_frames_that_the_reward_shows(judges, tmp_path, monkeypatch):
+    whole = torch.rand(10, 3, 16, 16, generator=torch.Generator().manual_seed(2)).mul(255).round() / 255
+    about = VideoMetadata(total_num_frames=10, fps=5.0)
+
+    def decoded(file: str, backend: str, sample_indices_fn) -> tuple:
+        shown = whole[sample_indices_fn(metadata=about)]
+        return (shown * 255).round().byte().permute(0, 2, 3, 1).numpy(), about
+
+    monkeypatch.setattr("transformers.video_utils.load_video", decoded)
+    monkeypatch.setattr("mmalign.pipelines.videos.find_spec", lambda package: True)
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(b"ten frames")
+    judge = judges["Llava"]
+    read = look(judge, "a red dog", Clip(str(file)))["pixel_values"]
+    assert torch.equal(read, judge.encode(whole, "a red dog")["pixel_values"])
 
 
 def test_the_reward_scores_as_the_student_did_and_peft_reads_its_adapter(cold, models):
@@ -400,6 +505,8 @@ def test_pairs_that_cannot_be_read_are_named(tmp_path, models):
         ColdStart(hide=2)
     with pytest.raises(ValueError, match="rollouts are compared with each other: 2 or more, got 1"):
         DualRL(rollouts=1)
+    with pytest.raises(ValueError, match="cold start: save_every must be above 0, got 0"):
+        ColdStart(save_every=0)
 
 
 # ---- the reward
@@ -481,4 +588,7 @@ def test_what_cannot_be_is_refused_with_its_mend(weights, models, tmp_path):
     save_file({**state, "weight": state["weight"][:, :5].contiguous()}, tmp_path / HEAD)
     with pytest.raises(ValueError, match=r"needs 'weight' of shape \(1, 32\)"):
         load("descore", weights=str(tmp_path))
-    assert (Path(weights) / ADAPTER).is_file()
+    for name in (HEAD, ADAPTER):
+        (tmp_path / name).write_bytes((Path(weights) / name).read_bytes())
+    with pytest.raises(ValueError, match=f"has no {ADAPTER_SAID}"):
+        load("descore", weights=str(tmp_path))
