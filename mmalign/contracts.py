@@ -316,6 +316,10 @@ class PolicySettings:
     # What a guidance-distilled model (FLUX, HunyuanVideo) is told its guidance is, at no cost; null: what its
     # pipeline has by default. Its true classifier-free guidance is `guidance`.
     embedded_guidance: float | None = None
+    # Fixed shift of the schedule, sigma = shift t / (1 + (shift - 1) t), as `shift` or `flow_shift` of the
+    # model's scheduler; set it there as well in what is done with the model later. Raise it for more steps at
+    # high noise, as larger media need them; null: the model's own, which may depend on the size.
+    shift: float | None = None
     # 0 to 1: how far guided predictions are brought back to the size of unguided ones (SD, SDXL); raise
     # it where guidance over-exposes.
     guidance_rescale: float = 0.0

@@ -25,9 +25,9 @@ def every_step(steps: int, share_noise: bool = False) -> PlanAt:
     return lambda iteration, seed: [Plan(steps, tuple(range(steps - 1)), share_noise)]
 
 
-def forward_process(steps: int, renoise: Renoise, given: bool = False) -> PlanAt:
-    """DiffusionNFT and its kin: samples of the plain ODE, or given ones, noised again."""
-    return lambda iteration, seed: [Plan(steps, renoise=renoise, given=given)]
+def forward_process(steps: int, renoise: Renoise, given: bool = False, tail: int = 0) -> PlanAt:
+    """DiffusionNFT and its kin: samples of the plain ODE, or given ones, noised again; tail: see `Plan`."""
+    return lambda iteration, seed: [Plan(steps, renoise=renoise, given=given, tail=tail)]
 
 
 def texts() -> PlanAt:

@@ -6,10 +6,11 @@ A step goes from sigma = t to sigma_next = u and covers d = t - u > 0. With the 
 
     x' ~ N(x - d v - pull e, std^2)
 
-Three kinds follow a stochastic differential equation with noise rate g by small steps:
+Four kinds follow a stochastic differential equation with noise rate g by small steps:
 
     flow           pull = std^2 / (2 t)    std^2 = g^2 d, g = level sqrt(t / (1 - t))
     dance          pull = std^2 / (2 t)    std^2 = g^2 d, g = level
+    linear         pull = std^2 / (2 t)    std^2 = g^2 d, g = level t
     sage           pull = std^2 / (2 t)    std^2 = level^2 (log((1 - u) / (1 - t)) - d), flow's g^2 integrated
 
 Four keep the coefficients of the schedule, and of its noise the share k, x' = (1 - u) x0 + u (k e +
@@ -20,11 +21,12 @@ sqrt(1 - k^2) z):
     dance_precise  k = exp(level^2 / 2 (1/t - 1/u))
     ddim           k = sqrt(1 - level^2 (1 - q^2))
 
-flow is the step of Flow-GRPO (arXiv:2505.05470), dance of DanceGRPO (arXiv:2505.07818), cps of Flow-CPS
-(arXiv:2509.05952), precise and dance_precise, the exact integrals of flow's and dance's equations while the
-clean estimate stands still, of Precise (arXiv:2605.23522), sage of SAGE-GRPO (arXiv:2603.21872), ddim of DDIM
-(arXiv:2010.02502) with eta = level. All but cps follow the data law as the steps grow. cps redraws as much in
-a small step as in a large one, and its law does not converge to the data's: a Gaussian's variance ends at
+flow is the step of Flow-GRPO (arXiv:2505.05470), linear that of its public code for Wan (level there: the
+second sigma of the schedule), dance of DanceGRPO (arXiv:2505.07818), cps of Flow-CPS (arXiv:2509.05952),
+precise and dance_precise, the exact integrals of flow's and dance's equations while the clean estimate stands
+still, of Precise (arXiv:2605.23522), sage of SAGE-GRPO (arXiv:2603.21872), ddim of DDIM (arXiv:2010.02502)
+with eta = level. All but cps follow the data law as the steps grow. cps redraws as much in a small step as in
+a large one, and its law does not converge to the data's: a Gaussian's variance ends at
 (1 + cos(level pi/2)) / 2 of what it should be.
 
 Models that predict noise live in y = sqrt(a) x0 + sqrt(1 - a) e. With c = sqrt(a) + sqrt(1 - a), y / c is x
@@ -44,7 +46,7 @@ from torch import Tensor
 from mmalign.records import Renoise
 
 AT_NOISE = 1 - 1e-6  # from here on sigma counts as 1, where flow's g is infinite
-Kind = Literal["flow", "dance", "cps", "precise", "dance_precise", "sage", "ddim"]
+Kind = Literal["flow", "dance", "linear", "cps", "precise", "dance_precise", "sage", "ddim"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Noise:
 
     kind: Kind = "flow"  # cps, precise and dance_precise leave the least noise behind in few steps
     # Raise it to explore more, lower it when images break; usual: flow and sage 0.7, dance and dance_precise
-    # 0.3, cps 0.8, precise 0.7 to 1.5, ddim 1.0 (its eta).
+    # 0.3, linear 1.0, cps 0.8, precise 0.7 to 1.5, ddim 1.0 (its eta).
     level: float = 0.7
     # gaussian is the true density. unscaled is -(x' - mean)^2 as in the public code of CPS, with no constants
     # and no 1 / (2 std^2); it weighs steps differently and needs another clip range. For cps only.
@@ -119,7 +121,9 @@ def transition(
         pull = std**2 / (2 * s)
     else:
         g = torch.full_like(s, noise.level)
-        if noise.kind == "flow":
+        if noise.kind == "linear":
+            g = g * s
+        elif noise.kind == "flow":
             g = g * (s / (1 - torch.where(s >= AT_NOISE, _along(sigma_guard, x), s))).sqrt()
         std = g * d.sqrt()
         pull = g**2 * d / (2 * s)

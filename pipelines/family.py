@@ -1,6 +1,7 @@
 """What families of flow transformers have in common; a family says only in what it differs.
 
-Whatever scheduler a model comes with, it is sampled by Euler steps on that scheduler's sigmas.
+Whatever scheduler a model comes with, it is sampled by Euler steps on that scheduler's sigmas, which
+`policy.shift` may move.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Family:
         self.settings, self.max_sequence_length = settings, settings.max_sequence_length
         self.network: nn.Module = getattr(self.pipeline, self.component)
         self.read_schedule()
+        if settings.shift is not None:
+            self.pipeline.scheduler = shifted(self.pipeline.scheduler, settings.shift)
         if settings.guidance_rescale:
             raise ValueError(f"policy.guidance_rescale must be 0: a {self.kind} has none")
 
@@ -316,6 +319,24 @@ def flow_schedulers() -> tuple[Any, ...]:
     from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
     return FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
+
+
+def shifted(scheduler: Any, shift: float) -> Any:
+    """A scheduler like the given one with a fixed shift; ValueError where it has none."""
+    if not shift > 0:
+        raise ValueError(f"policy.shift must be positive, got {shift}")
+    config = scheduler.config
+    if isinstance(scheduler, flow_schedulers()):
+        name = "shift"
+    elif config.get("use_flow_sigmas") and "flow_shift" in config:
+        name = "flow_shift"
+    else:
+        kind = type(scheduler).__name__
+        raise ValueError(f"policy.shift must be null: {kind}, the scheduler of this model, has no shift")
+    # What would move the schedule once more.
+    others = {"use_dynamic_shifting": False, "shift_terminal": None}
+    fixed = {key: value for key, value in others.items() if key in config}
+    return type(scheduler).from_config(config, **{name: shift}, **fixed)
 
 
 def schedule(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Tensor:

@@ -128,6 +128,8 @@ class StableDiffusion(Diffusion):
 
         if settings.leave_out:
             raise ValueError(f"policy.leave_out: nothing of a {kind.__name__} can be left out")
+        if settings.shift is not None:
+            raise ValueError(f"policy.shift must be null: the schedule of a {kind.__name__} has none")
         frozen = DTYPES[settings.precision]
         dtypes = {
             "unet": frozen if settings.lora.rank else torch.float32,

@@ -91,7 +91,7 @@ def test_an_override_without_a_value_is_refused(recipe):
         ("rewards.lab=much", "rewards.lab: the weight must be a number, got 'much'"),
         ("algorithm.name=flow_gpro", "there is no algorithm 'flow_gpro'; did you mean 'flow_grpo"),
         ("algorithm.name=nowhere.to_be:Found", "cannot import 'nowhere.to_be:Found'"),
-        ("algorithm.noise.kind=flo", "algorithm.noise.kind must be 'flow', 'dance', 'cps', 'precise', "),
+        ("algorithm.noise.kind=flo", "algorithm.noise.kind must be 'flow', 'dance', 'linear', 'cps', "),
         ("training.iterations=many", "training.iterations must be a valid integer"),
         ("training.iterations=0", "iterations must be at least 1, got 0"),
         ("prompts.group=1", "prompts.group must be at least 2"),

@@ -14,7 +14,7 @@ from mmalign.sde import Kind, Noise, Transition, euler, log_prob, transition
 
 T, U = 0.8, 0.7  # the step of the reference values
 KINDS = [
-    *(Noise("flow", 0.7), Noise("dance", 0.3), Noise("sage", 0.7)),
+    *(Noise("flow", 0.7), Noise("dance", 0.3), Noise("linear", 1.0), Noise("sage", 0.7)),
     *(Noise("cps", 0.8), Noise("precise", 0.7), Noise("precise", 1.5), Noise("dance_precise", 0.3)),
 ]
 
@@ -52,6 +52,7 @@ def coefficients(
     [
         (Noise("flow", 0.7), 0.8775, -0.1245, 0.442719),
         (Noise("dance", 0.3), 0.994375, -0.101125, 0.094868),
+        (Noise("linear", 1.0), 0.96, -0.108, 0.252982),
         (Noise("cps", 0.8), 0.3 + 0.216312, -0.24 + 0.2 * 0.216312, 0.665740),
         (Noise("precise", 0.7), 0.3 + 0.613405, -0.24 + 0.2 * 0.613405, 0.337244),
         (Noise("precise", 1.0), 0.3 + 0.534634, -0.24 + 0.2 * 0.534634, 0.451848),
@@ -125,14 +126,21 @@ def test_divergence_of_the_reference_step():
     assert of_v**2 / (2 * std**2) == pytest.approx(0.0395414, abs=1e-7)
 
 
+@pytest.mark.parametrize(("kind", "rate"), [("dance", lambda t: 1.0), ("linear", lambda t: t)])
 @given(sigma=st.floats(0.05, 1.0), share=st.floats(0.05, 0.95), eta=st.floats(0.05, 1.0))
-def test_dance_is_the_same_written_with_the_score(sigma, share, eta):
+def test_dance_and_linear_are_the_same_written_with_the_score(kind, rate, sigma, share, eta):
     x, v = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    d = sigma * (1 - share)
+    d, g = sigma * (1 - share), eta * rate(sigma)
     clean = x - sigma * v
     score = -(x - (1 - sigma) * clean) / sigma**2
-    step = transition(x, v, scalar(sigma), scalar(sigma - d), Noise("dance", eta), 0.9)
-    assert_close(step.mean, x - d * v + eta**2 / 2 * score * d)
+    step = transition(x, v, scalar(sigma), scalar(sigma - d), Noise(kind, eta), 0.9)
+    assert_close(step.mean, x - d * v + g**2 / 2 * score * d)
+    assert_close(step.std, scalar(g * math.sqrt(d)))
+
+
+def test_linear_draws_ever_less_towards_the_end_and_needs_no_guard():
+    for sigma, sigma_next, std in ((1.0, 0.9, 0.5 * math.sqrt(0.1)), (0.1, 0.0, 0.05 * math.sqrt(0.1))):
+        assert coefficients(Noise("linear", 0.5), sigma, sigma_next, guard=1.0)[2] == pytest.approx(std)
 
 
 @given(
@@ -238,6 +246,7 @@ TABLE = [
     (Noise("flow", 0.7), 0.931, 0.999, 1.004),
     (Noise("flow", 1.0), 0.992, 1.004, 1.001),
     (Noise("dance", 0.3), 0.787, 0.942, 0.999),
+    (Noise("linear", 1.0), 0.827, 0.951, 0.999),
     (Noise("cps", 0.5), 0.677, 0.802, 0.851),
     (Noise("cps", 0.8), 0.524, 0.611, 0.652),
     (Noise("precise", 0.7), 0.741, 0.926, 0.998),
@@ -422,7 +431,7 @@ def test_half_precision_inputs_are_computed_in_fp32(noise, dtype):
     [
         (
             {"kind": "euler"},
-            "noise.kind must be one of flow, dance, cps, precise, dance_precise, sage, ddim, got 'euler'",
+            "noise.kind must be one of flow, dance, linear, cps, precise, .*, got 'euler'",
         ),
         ({"level": -0.1}, "noise.level must be 0 or more"),
         ({"level": math.nan}, "noise.level must be 0 or more"),

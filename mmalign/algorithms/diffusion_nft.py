@@ -9,7 +9,8 @@ latter through the mirror image of v about the old policy's velocity:
     L    = E strength / beta [ r E0(v+) + (1 - r) E0(v-) ]
     E0(u) = mean |x - t u - x0|^2 / stopgrad(mean |x - t u - x0|)
 
-No likelihood, no noise in sampling, any ODE solver. N samples of T steps cost N T forwards to sample, N S to
+No likelihood, no noise in sampling, any ODE solver: Euler's steps, or, as published, those of second order
+of DPM-Solver++ (`order`), which cost as much. N samples of T steps cost N T forwards to sample, N S to
 train at S = `renoise.times` noise levels each, and N S of the old policy, once more of the reference where kl
 > 0; twice with guidance.
 
@@ -44,6 +45,7 @@ class DiffusionNFT:
     """Learns from finished samples alone; the fastest of the methods where the reward is exact."""
 
     steps: int = 10  # denoising steps in training
+    order: Literal[1, 2] = 1  # of the solver: 1 Euler's, 2 DPM-Solver++ (published), sharper in few steps
     renoise: Renoise = field(default_factory=Renoise)
     error: Matching = field(default_factory=lambda: Matching("t", adaptive=True))
     beta: float = 1.0  # size of the implicit step; small is fast, near 1 is stable
@@ -55,6 +57,8 @@ class DiffusionNFT:
     frames: bool = False  # of a video: frames are good or bad on their own, by rewards that judge them apart
 
     def __post_init__(self) -> None:
+        if self.order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {self.order}")
         for name in ("beta", "strength"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -65,7 +69,7 @@ class DiffusionNFT:
         normalize = zscore_batch if self.std == "batch" else zscore
         anchors = ((Anchor(self.kl),) if self.kl else ()) + self.norm_guard.anchors
         return Algorithm(
-            plans=forward_process(self.steps, self.renoise),
+            plans=forward_process(self.steps, self.renoise, tail=self.steps if self.order == 2 else 0),
             credit=by_frames(weights, normalize, self.strength)
             if self.frames
             else Credit(weights, normalize, "total_first", "whole", clip=self.strength),

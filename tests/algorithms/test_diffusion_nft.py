@@ -135,6 +135,14 @@ def test_it_samples_by_the_ode_and_keeps_no_trajectory():
     assert algorithm.sampler == OLD
 
 
+def test_of_second_order_it_samples_by_as_many_steps_of_the_solver():
+    (plan,) = DiffusionNFT(steps=6, order=2, renoise=Renoise(3)).build({"r": 1.0}).plans(0, 0)
+    assert plan == Plan(6, renoise=Renoise(3), tail=6)
+    one, two = (trainer(DiffusionNFT(steps=4, order=order, renoise=Renoise(1))) for order in (1, 2))
+    one.run(), two.run()
+    assert one.policy.forwards.sample == two.policy.forwards.sample == N * 4
+
+
 def test_the_pull_to_the_base_model_is_once_the_distance_of_the_velocities():
     policy = Free()
     policy.live.data += 0.3
@@ -166,6 +174,7 @@ def test_the_reward_rises():
         ({"strength": -1.0}, "strength"),
         ({"old": {"most": 1.0}}, "most"),
         ({"kl": -1.0}, "kl"),
+        ({"order": 3}, "order"),
         ({"error": {"power": 2.0}}, "power"),
         ({"renoise": {"span": [0.5, 0.5]}}, "span"),
         ({"renoise": {"law": "log"}}, "law"),

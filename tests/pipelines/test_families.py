@@ -19,6 +19,7 @@ from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import ADAPTERS, catalog, load
+from mmalign.pipelines.family import shifted
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.records import Masks, Pick, Plan, Renoise, RewardSignal
 from mmalign.sde import Noise, transition
@@ -110,7 +111,7 @@ def policy_of(world, name: str, noise=None, **settings):
         given["embedded_guidance"] = given.pop("guidance")
     policy = PolicySettings(str(folder), **given)
     if not ours:
-        ours["pipeline"] = load(replace(policy, lora=LoraSettings(0)), Noise()).adapter.pipeline
+        ours["pipeline"] = load(replace(policy, lora=LoraSettings(0), shift=None), Noise()).adapter.pipeline
         ours["kind"] = type(load(policy, Noise()).adapter)
     adapter = ours["kind"](policy, copy.deepcopy(ours["pipeline"]))
     return FlowPolicy(adapter, policy, noise or Noise())
@@ -249,6 +250,55 @@ def test_a_multistep_solver_gives_way_to_euler_steps_on_its_sigmas(world):
     assert_close(policy.adapter.sigmas(4, policy.shape), torch.as_tensor(own.sigmas).float())
 
 
+# Theirs is the schedule of a diffusion model, which has no shift.
+UNSHIFTED = [name for name in FAMILIES if name.startswith(("CogVideoX", "PixArt"))]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in FAMILIES
+        if name not in UNSHIFTED
+    ],
+)
+def test_with_a_shift_a_sample_is_that_of_the_plain_pipeline_with_a_scheduler_of_that_shift(
+    world, name, monkeypatch
+):
+    row, _, plain, files, _ = world(name)
+    own = plain.scheduler
+    fixed = {"shift": 5.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    monkeypatch.setattr(plain, "scheduler", type(own).from_config(own.config, **fixed))
+    policy = policy_of(world, name, guidance=1.0, shift=5.0)
+    ours = policy.images(prompts_for(row, files), STEPS, KEY)
+    assert_close(ours, theirs(policy, plain, row, files), atol=1e-5, rtol=1e-5)
+    usual = policy_of(world, name, guidance=1.0).adapter.sigmas(STEPS, policy.shape)
+    assert (policy.adapter.sigmas(STEPS, policy.shape) - usual).abs().max() > 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("FluxPipeline", 6), ("HunyuanVideoPipeline", 16), ("QwenImagePipeline", 5)]
+)
+def test_a_shift_moves_even_times_whatever_the_models_own(world, name, steps):
+    """As the public programs of MixGRPO and DanceGRPO do."""
+    policy = policy_of(world, name, shift=5.0)
+    even = torch.linspace(1, 0, steps + 1)
+    moved = 5 * even / (1 + 4 * even)
+    assert_close(policy.adapter.sigmas(steps, policy.shape), moved, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_shift_of_a_multistep_solver_is_its_flow_shift(dynamic):
+    from diffusers import UniPCMultistepScheduler
+
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    theirs = UniPCMultistepScheduler(**flow, flow_shift=7.0)
+    theirs.set_timesteps(4)
+    found = shifted(UniPCMultistepScheduler(**flow, flow_shift=3.0, use_dynamic_shifting=dynamic), 7.0)
+    found.set_timesteps(4)
+    assert_close(torch.as_tensor(found.sigmas), torch.as_tensor(theirs.sigmas))
+
+
 def test_the_steps_of_distilled_models_are_those_of_cps_at_full_noise(world):
     """HiDream-I1-Dev and Fast come with an LCM scheduler: it draws all of the noise anew."""
     from diffusers import FlowMatchLCMScheduler
@@ -279,6 +329,8 @@ def test_the_steps_of_distilled_models_are_those_of_cps_at_full_noise(world):
         ("WanPipeline", {"frames": 6}, "policy.frames must be 1 more than a multiple of 2 .*, got 6"),
         ("CogVideoXPipeline", {"max_sequence_length": 20}, "policy.max_sequence_length must be 16 for this"),
         ("CogVideoXPipeline", {"guidance_rescale": 0.5}, "policy.guidance_rescale must be 0: a CogVideoX"),
+        ("CogVideoXPipeline", {"shift": 3.0}, "policy.shift must be null: CogVideoXDDIMScheduler, the sched"),
+        ("FluxPipeline", {"shift": 0.0}, "policy.shift must be positive, got 0.0"),
         ("HiDreamImagePipeline", {"height": 256, "width": 128}, "this model has 256 places, .* takes 512"),
         ("Flux2KleinPipeline", {"width": 4}, "policy.width must be a multiple of 8"),
     ],

@@ -397,6 +397,12 @@ def test_a_scheduler_without_gaussian_steps_is_refused(folders, tmp_path, config
         load(PolicySettings(str(folder)), Noise("ddim", 1.0))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shift_is_refused(folders, kind):
+    with pytest.raises(ValueError, match=r"policy\.shift must be null: the schedule of a Stable.* has none"):
+        load(PolicySettings(str(folders[kind]), shift=3.0), Noise("ddim", 1.0))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

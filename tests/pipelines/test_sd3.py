@@ -54,6 +54,18 @@ def test_images_equal_those_of_the_plain_pipeline(make, tiny, guidance, negative
     assert (ours[0] - ours[1]).abs().max() > 0.1
 
 
+def test_with_a_shift_images_are_those_of_a_scheduler_of_that_shift(tiny):
+    """Which shifts the last of its even times as well, so that the schedule is not that of even times."""
+    pipeline = plain(tiny)
+    own = pipeline.scheduler
+    pipeline.scheduler = type(own).from_config(own.config, shift=7.0)
+    policy = load(settings_of(tiny, shift=7.0), Noise())
+    ours, theirs = both(policy, pipeline)
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+    usual = load(settings_of(tiny), Noise()).adapter.sigmas(5, policy.shape)
+    assert (policy.adapter.sigmas(5, policy.shape) - usual).abs().max() > 0.02
+
+
 def test_images_are_equal_away_from_the_square(make, tiny):
     ours, theirs = both(make(guidance=3.0, height=48, width=32), plain(tiny))
     assert ours.shape == (2, 3, 48, 32)
@@ -292,6 +304,7 @@ def test_a_scheduler_without_a_flow_is_refused(with_scheduler):
         ({"precision": "int8"}, "policy.precision must be one of fp32, bf16, fp16, got 'int8'"),
         ({"lora": LoraSettings(targets=("nothing",))}, r"policy.lora.targets: \['nothing'\] fit no layer"),
         ({"lora": LoraSettings(rank=-1)}, "policy.lora.rank must be 0 .* or more, got -1"),
+        ({"shift": -1.0}, "policy.shift must be positive, got -1.0"),
         ({"leave_out": ("text_encoder_9",)}, "policy.leave_out: text_encoder_9 is no component"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
