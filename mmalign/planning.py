@@ -2,7 +2,8 @@
 
 The real network is run on the meta device, where tensors have shapes but no content: every byte that its
 forward and backward keep alive is counted (`live_bytes`), and every multiplication (torch's own counter).
-Attention counts as a fused kernel, which keeps no matrix of scores.
+Attention counts as a fused kernel, which keeps no matrix of scores, and a convolution with the room that
+its kernel works in (`turned`).
 
     weights      those of the networks, in the precision they are kept in
     trained      4 bytes a trained parameter, and as many for each frozen copy and each average
@@ -10,7 +11,9 @@ Attention counts as a fused kernel, which keeps no matrix of scores.
     activations  the most that forward and backward of one minibatch keep alive at once
     sampling     the most that a forward of `policy.chunk` rows keeps alive
     samples      states, means and next states of the actions of an iteration, on the device
-    decoding     the most that decoding one chunk of latents keeps alive
+    media        what the samples are decoded to, held until the update ends
+    decoding     the most that decoding one chunk of latents keeps alive beside the media; or these once
+                 more, as the chunks are joined
 """
 
 from __future__ import annotations
@@ -57,14 +60,18 @@ class Memory:
     optimizer: float
     activations: float
     samples: float
+    media: float
     sampling: float
     decoding: float
 
     @property
     def peak(self) -> float:
-        """The update, the sampling or the decoding, whichever needs most, beside all that stays."""
-        stays = self.weights + self.trained + self.optimizer + self.samples
-        return stays + max(self.gradients + self.activations, self.sampling, self.decoding)
+        """The update, the sampling or the decoding, whichever needs most, beside all that stays.
+
+        Gradients stay as well: those of an update are dropped as the next one begins.
+        """
+        stays = self.weights + self.trained + self.gradients + self.optimizer + self.samples
+        return stays + max(self.media + self.activations, self.sampling, self.media + self.decoding)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ class Measured:
     """One network row, and the bytes that a minibatch keeps alive.
 
     forward_flops: of one row. plain, checkpointed: bytes of a minibatch without and with gradient
-    checkpointing. sampling: bytes of a forward in sampling. decoding: bytes of one chunk.
+    checkpointing. sampling: bytes of a forward in sampling. decoding: bytes of one chunk beside its media.
+    media: bytes of what one sample is decoded to.
     """
 
     parameters: int
@@ -94,6 +102,7 @@ class Measured:
     checkpointed: float
     sampling: float
     decoding: float
+    media: float
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,43 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
+class Working(Live):  # type: ignore[no-untyped-call]
+    """Live, and what convolutions take for themselves while they work."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.now
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.peak = max(self.peak, before + _room(func, args, out))
+        return out
+
+
+def turned(tensor: Tensor) -> int:
+    """Bytes of a tensor [n, C, *place] in the layout of a convolution's kernel: C in blocks of 16.
+
+    Networks hold channels first, kernels want them together: oneDNN's (torch's on a CPU) in blocks as wide as
+    the vectors of the processor, cuDNN's for tensor cores last. Both turn input and output on every call.
+    """
+    channels = tensor.shape[1]
+    return int(tensor.nbytes) // max(1, channels) * (-(-channels // 16) * 16)
+
+
+def _room(func: Any, args: Any, out: Any) -> int:
+    """Bytes that a convolution takes at its worst moment, its results among them; 0 for other operations.
+
+    Input and output stand turned at once, and the weights; the output is turned back when the input is gone.
+    """
+    if func is torch.ops.aten.convolution.default:
+        x, weight = args[:2]
+        return int(weight.nbytes) + turned(out) + max(turned(x), int(out.nbytes))
+    if func is torch.ops.aten.convolution_backward.default:
+        (upper, x, weight), wanted = args[:3], args[-1]
+        if wanted[0] and not wanted[1]:
+            return int(weight.nbytes) + turned(x) + max(turned(upper), int(x.nbytes))
+        # The gradient of the weights is taken last, beside that of the input.
+        return int(weight.nbytes) + turned(upper) + turned(x) + (int(x.nbytes) if wanted[0] else 0)
+    return 0
+
+
 class _Fused(torch.autograd.Function):
     """What a fused attention keeps: its inputs, its output and a number for each query."""
 
@@ -181,62 +227,45 @@ def _fused_attention() -> Iterator[Callable[[], float]]:
 
 @dataclass(frozen=True)
 class Alive:
-    """Bytes after a forward, at the worst moment of it and its backward, and that its largest block leaves.
-
-    flops: operations of the forward.
-    """
+    """Bytes after a forward, and at the worst moment of it and its backward; operations of the forward."""
 
     kept: float
     peak: float
-    block: float
     flops: float
 
 
-def live_bytes(network: nn.Module, run: Callable[[], Tensor], backward: bool = True) -> Alive:
+def live_bytes(
+    network: nn.Module, run: Callable[[], Tensor], backward: bool = True, accumulate: bool = False
+) -> Alive:
     """What one forward of the network and its backward keep alive; parameters and gradients count nothing.
 
-    run: the forward, on the meta device.
+    run: the forward, on the meta device. accumulate: the gradients of an earlier minibatch are there already;
+    else they come as the activations go, and peak is the most of both together less all gradients.
     """
-    with _fused_attention() as spent, FlopCounterMode(display=False) as counter:
-        live = Live([*network.parameters(), *network.buffers()])
-        with live, _largest(network, live) as largest:
+    wanted = [p for p in network.parameters() if p.requires_grad and backward]
+    for parameter in wanted:
+        parameter.grad = torch.empty_like(parameter) if accumulate else None
+    held = [p.grad for p in wanted if p.grad is not None]
+    live = Working([*network.parameters(), *network.buffers(), *held])
+    with _fused_attention() as spent, live:
+        # Not during the backward: the counter would hold what checkpointing computes again.
+        with FlopCounterMode(display=False) as counter:
             out = run()
-            kept, flops = live.now, counter.get_total_flops() + spent()
-            if backward:
-                out.float().square().mean().backward()  # type: ignore[no-untyped-call]
-            peak = live.peak
-    grads = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
-    for parameter in network.parameters():
+        kept, flops = live.now, counter.get_total_flops() + spent()
+        if backward:
+            out.float().square().mean().backward()  # type: ignore[no-untyped-call]
+        peak = live.peak
+    new = 0 if accumulate else sum(p.grad.nbytes for p in wanted if p.grad is not None)
+    for parameter in wanted:
         parameter.grad = None
-    return Alive(float(kept), float(peak - grads), float(largest[0]), float(flops))
+    return Alive(float(kept), float(peak - new), float(flops))
 
 
-@contextmanager
-def _largest(network: nn.Module, live: Live) -> Iterator[list[int]]:
-    """The most bytes that one of the network's blocks leaves for its backward."""
-    before: list[int] = []
-    most = [0]
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        before.append(live.now)
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        most[0] = max(most[0], live.now - before.pop())
-
-    blocks = _blocks(network)
-    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
-    hooks += [block.register_forward_hook(leave, with_kwargs=True) for block in blocks]
-    try:
-        yield most
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def measure(policy: FlowPolicy, rows: int, samples: int) -> Measured:
+def measure(policy: FlowPolicy, rows: int, samples: int, accumulate: bool = False) -> Measured:
     """What the network of a policy without weights needs for a minibatch of so many rows, and to decode.
 
-    samples: of an iteration on one device, which is the most that is drawn or decoded at once.
+    samples: of an iteration on one device, which is the most that is drawn or decoded at once. accumulate:
+    an update has several minibatches, see `live_bytes`.
     """
     adapter, network = policy.adapter, policy.module
     text = blank_text(policy)
@@ -250,21 +279,25 @@ def measure(policy: FlowPolicy, rows: int, samples: int) -> Measured:
         found: Tensor = adapter.velocity(network, x, sigma, seen, seen if each == 2 else None, guidance)
         return found
 
-    _checkpointing(network, False)
-    whole = live_bytes(network, lambda: forward(size))
     _checkpointing(network, True)
-    few = live_bytes(network, lambda: forward(size), backward=False)
+    again = live_bytes(network, lambda: forward(size), accumulate=accumulate)
+    _checkpointing(network, False)
+    whole = live_bytes(network, lambda: forward(size), accumulate=accumulate)
     _checkpointing(network, policy.settings.gradient_checkpointing)
-    # What checkpointing keeps, and one block as it is computed again and differentiated.
-    again = min(whole.peak, few.kept + whole.block + (whole.peak - whole.kept))
     chunk = min(samples, max(1, DECODED_PLACES // math.prod(policy.shape[1:])))
     vae = adapter.pipeline.vae
+    media = 0
+
+    def decode() -> Tensor:
+        nonlocal media
+        found: Tensor = adapter.decode(torch.empty(chunk, *policy.shape, device=META))
+        media = found.nbytes
+        return found
+
     with torch.no_grad():
         rows_at_once = min(samples, max(1, policy.chunk // each))
         sampling = live_bytes(network, lambda: forward(rows_at_once), backward=False)
-        decoding = live_bytes(
-            vae, lambda: adapter.decode(torch.empty(chunk, *policy.shape, device=META)), backward=False
-        )
+        decoding = live_bytes(vae, decode, backward=False)
     parts = [part for part in adapter.pipeline.components.values() if isinstance(part, nn.Module)]
     trained = [p for p in network.parameters() if p.requires_grad]
     frozen = sum(p.nbytes for part in parts for p in part.parameters() if not p.requires_grad)
@@ -274,9 +307,10 @@ def measure(policy: FlowPolicy, rows: int, samples: int) -> Measured:
         frozen_bytes=frozen,
         forward_flops=whole.flops / (size * each),
         plain=whole.peak,
-        checkpointed=again,
+        checkpointed=again.peak,
         sampling=sampling.peak,
-        decoding=decoding.peak,
+        decoding=decoding.peak - media,
+        media=media / chunk,
     )
 
 
@@ -287,13 +321,6 @@ def _checkpointing(network: nn.Module, on: bool) -> None:
         if switch is not None:
             switch()
     network.train(on)  # blocks are checkpointed in training alone
-
-
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The layers that checkpointing would compute again one by one: those of the lists of a network."""
-    lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
-    inner = {id(part) for found in lists for block in found.children() for part in block.modules()}
-    return [block for found in lists if id(found) not in inner for block in found.children()]
 
 
 # ---- the estimate
@@ -354,6 +381,7 @@ def _memory(
     latent = 4 * math.prod(shape)
     # State, next state and mean of each action, and the finished sample.
     samples = each * latent * (3 * actions + 1)
+    media = each * measured.media * sum(plan.views for plan in plans)
     return Memory(
         weights=measured.frozen_bytes / weights,
         trained=4 * n * (1 + copies) / weights,
@@ -361,8 +389,9 @@ def _memory(
         optimizer=8 * n / states,
         activations=measured.checkpointed if config.policy.gradient_checkpointing else measured.plain,
         samples=samples,
+        media=media,
         sampling=measured.sampling,
-        decoding=measured.decoding,
+        decoding=max(measured.decoding, media),
     )
 
 
@@ -380,7 +409,7 @@ def _advice(
         said.append(
             f"policy.gradient_checkpointing=true saves {saved / GIB:.1f} GiB for a forward more in training"
         )
-    update = now.gradients + now.activations
+    update = max(now.activations, now.decoding) + now.media
     if now.sampling > update and policy.chunk > 1:
         fewer = max(1, int(policy.chunk * update / now.sampling))
         less = (now.sampling - max(update, now.sampling * fewer / policy.chunk)) / GIB
@@ -450,18 +479,21 @@ def rehearse(
     composer = compose(config, weights, [prompt.text for prompt in source.prompts])
     algorithm = composed(config.algorithm.build(composer.shares), composer)
     check_noise(algorithm, config.training.seed)
+    plans = algorithm.plans(0, config.training.seed)
     try:
         policy = blank_policy(config.policy, algorithm.noise, algorithm.split)
+        check_kind(config, policy, algorithm)
+        cost = cost_of(config, algorithm, policy)
         each = -(-config.prompts.per_iteration * config.prompts.group // max(1, gpus))
-        measured = measure(policy, config.training.batch, each)
+        updates = config.training.updates * (max(plan.actions for plan in plans) if algorithm.apart else 1)
+        rows = math.ceil(cost["train"] / updates / max(1, gpus))  # of one update on one device
+        batch = config.training.batch
+        measured = measure(policy, min(rows, batch), each, accumulate=rows > batch)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    check_kind(config, policy, algorithm)
-    cost = cost_of(config, algorithm, policy)
     plan = derive(config, algorithm, policy, cost, gpus, len(source.prompts))
     plan = {"latent": " x ".join(map(str, policy.shape)), **plan}
     copies = len(algorithm.copies) + (config.training.ema_decay > 0)
-    plans = algorithm.plans(0, config.training.seed)
     found = estimate(
         config, cost, plans, copies, measured, policy.shape, gpus, gpu_memory, tflops, utilization
     )

@@ -6,36 +6,21 @@ python tests/peak.py RECIPE [section.field=value ...]
 import ctypes
 import gc
 import json
-import resource
 import sys
-import threading
-import time
 
 import torch
 
 
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident(what: str) -> int:
+    """Bytes that are resident now (VmRSS), or were at most since `forget` (VmHWM)."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(what))
 
 
-class Watch:
-    """The most memory that was resident since it began, looked at every two milliseconds."""
-
-    def __init__(self) -> None:
-        self.most, self.done = resident(), False
-        self.thread = threading.Thread(target=self._look, daemon=True)
-        self.thread.start()
-
-    def _look(self) -> None:
-        while not self.done:
-            self.most = max(self.most, resident())
-            time.sleep(0.002)
-
-    def end(self) -> int:
-        self.done = True
-        self.thread.join()
-        return self.most
+def forget() -> None:
+    """Let the most that was resident begin again from now."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def iterate(overrides: list[str]) -> None:
@@ -48,12 +33,16 @@ if __name__ == "__main__":
     from mmalign.config import load_config
 
     torch.set_num_threads(1)
-    # What libraries load and keep once, whatever the size of a run.
-    iterate(
-        [*sys.argv[2:], "prompts.per_iteration=2", "prompts.group=2", "training.batch=2", "policy.chunk=2"]
-    )
+    # What libraries load and keep once, whatever the size of a run: by the recipe's own model, a small one.
+    given = [
+        one
+        for one in sys.argv[2:]
+        if not one.startswith(("policy.model=", "policy.height=", "policy.width="))
+    ]
+    iterate([*given, "prompts.per_iteration=2", "prompts.group=2", "training.batch=2", "policy.chunk=2"])
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before, watch = resident(), Watch()
+    before = resident("VmRSS")
+    forget()
     iterate(sys.argv[2:])
-    print(json.dumps({"peak": watch.end() - before}))
+    print(json.dumps({"peak": resident("VmHWM") - before}))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, tiny
+from runs import ROOT, middle, tiny
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,8 +16,17 @@ from mmalign.cli import main
 from mmalign.config import ConfigError, load_config
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.pipelines import catalog, load
-from mmalign.pipelines.blueprint import blank_policy, blank_text, known_models, read_blueprint
-from mmalign.planning import GIB, SHARDINGS, Live, _fused_attention, live_bytes, measure, rehearse
+from mmalign.pipelines.blueprint import blank_policy, known_models, read_blueprint
+from mmalign.planning import (
+    GIB,
+    SHARDINGS,
+    Working,
+    _fused_attention,
+    live_bytes,
+    measure,
+    rehearse,
+    turned,
+)
 from mmalign.sde import Noise
 
 # Parameters in thousand millions, as they are published of the denoisers and text encoders.
@@ -66,24 +75,42 @@ def test_shipped_configurations_have_the_published_sizes(model):
     assert model in known_models()
 
 
+@pytest.mark.parametrize("accumulate", [False, True], ids=["first minibatch", "later minibatch"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("rank", [0, 4])
-def test_bytes_without_content_are_the_bytes_with_it(rank):
-    """Forward and backward of one network, on the meta device and for real."""
-    found = {}
-    for device in ("meta", "cpu"):
-        given = settings(lora=LoraSettings(rank, 6))
-        policy = blank_policy(given, Noise()) if device == "meta" else load(given, Noise())
-        text = blank_text(policy) if device == "meta" else policy.adapter.encode("a red circle")
+def test_bytes_without_content_are_the_bytes_with_it(rank, again, accumulate):
+    """Forward and backward of one network: what is predicted, and what real ones keep alive."""
+    given = settings(lora=LoraSettings(rank, 6), gradient_checkpointing=again)
+    predicted = measure(blank_policy(given, Noise()), 6, 6, accumulate)
+    policy = load(given, Noise())
+    network = policy.module.train(again)
+    text = policy.adapter.encode("a red circle")
+    trained = [p for p in network.parameters() if p.requires_grad]
+    if accumulate:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = sum(p.nbytes for p in trained if p.grad is None)
+    live = Working([*network.parameters(), *network.buffers(), *(p.grad for p in trained if accumulate)])
+    with _fused_attention(), live:
+        x, sigma = torch.rand(6, *policy.shape), torch.rand(6)
         seen = {name: value.expand(6, *value.shape) for name, value in text.items()}
-        x, sigma = torch.rand(6, *policy.shape, device=device), torch.rand(6, device=device)
-        network = policy.module
-        live = Live([*network.parameters(), *network.buffers()])
-        with _fused_attention(), live:
-            out = policy.adapter.velocity(network, x, sigma, seen, None, 1.0)
-            kept = live.now
-            out.square().mean().backward()
-        found[device] = kept, live.peak
-    assert found["meta"] == found["cpu"]
+        velocity = policy.adapter.velocity(network, x, sigma, seen, None, 1.0)
+        del x, sigma
+        velocity.square().mean().backward()
+    assert live.peak - grads == (predicted.checkpointed if again else predicted.plain)
+    assert predicted.checkpointed < predicted.plain
+
+
+def test_a_convolution_works_on_turned_copies_of_what_it_reads_and_writes():
+    network, channel = (
+        nn.Conv2d(4, 20, 1, bias=False, device="meta"),
+        4 * 2 * 8 * 8,
+    )  # bytes of 2 x 8 x 8 places
+    assert turned(torch.empty(2, 4, 8, 8)) == 16 * channel
+    with torch.no_grad():
+        found = live_bytes(network, lambda: network(torch.empty(2, 4, 8, 8, device="meta")), backward=False)
+    # Beside the input: the output in 32 channels and turned back, more than the input in 16; the weights.
+    assert found.peak == (4 + 32 + 20) * channel + 4 * 4 * 20
 
 
 def test_operations_are_those_of_the_products():
@@ -126,6 +153,24 @@ def test_shards_share_what_they_share(monkeypatch):
     assert whole.optimizer == 2 * whole.gradients == 8 * found.measured.trained
     # The parameters, the reference that its KL pulls to, and the moving average.
     assert whole.trained == 3 * whole.gradients
+
+
+def test_a_minibatch_is_no_larger_than_its_update(monkeypatch):
+    """And the second of an update finds the gradients of the first."""
+    monkeypatch.chdir(ROOT)
+    asked = []
+
+    def small(policy, rows, samples, accumulate):
+        asked.append((rows, accumulate))
+        return measure(policy, 1, 1, accumulate)
+
+    monkeypatch.setattr("mmalign.planning.measure", small)
+    training = load_config(ROOT / "assets/recipes/lab_flow_grpo.yaml").training
+    rows = round(plan("training.batch=10000")[1].work.train / training.updates)
+    plan(f"training.batch={rows}")
+    plan(f"training.batch={rows - 1}")
+    plan("training.batch=10000", gpus=2)
+    assert asked == [(rows, False), (rows, False), (rows - 1, True), (rows // 2, False)]
 
 
 def test_work_is_the_forwards_of_the_plan(monkeypatch):
@@ -199,29 +244,55 @@ def test_a_recipe_of_a_real_model_is_right_as_far_as_can_be_known(name, monkeypa
     assert "to sample" in told["forwards an iteration"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("given", "within"),
-    [
-        (["training.batch=96"], 0.15),
-        (["training.batch=96", "policy.lora.rank=0"], 0.15),
-        # Here decoding is the peak, and convolutions on a CPU take room that is not counted.
-        (["training.batch=48", "prompts.group=24"], 0.25),
+# What is largest in a run, as settings of lab_diffusion_nft; those of a larger model are with "middle".
+ADAPTERS = ["training.batch=96"]
+CHECKPOINTED = ["training.batch=192", "prompts.per_iteration=2", "algorithm.renoise={times: 8}"]
+MIDDLE = ["policy.height=128", "policy.width=128", "prompts.per_iteration=1", "prompts.group=2"]
+WORST = {
+    "update of adapters": ADAPTERS,
+    "update of all weights": [*ADAPTERS, "policy.lora.rank=0"],
+    "update, checkpointed": [*CHECKPOINTED, "training.updates=1", "policy.gradient_checkpointing=true"],
+    "decoding": ["training.batch=48", "prompts.group=24"],
+    "middle: update of adapters": [*MIDDLE, "training.batch=16", "algorithm.renoise={times: 8}"],
+    "middle: update, checkpointed": [
+        *MIDDLE,
+        "training.batch=32",
+        "algorithm.renoise={times: 16}",
+        "policy.gradient_checkpointing=true",
     ],
-    ids=["adapter", "all weights", "decoding"],
-)
-def test_a_run_needs_the_memory_that_was_predicted(given, within, monkeypatch):
-    """The most that is resident in one iteration of a lab run, beside what a tiny one left."""
+    "middle: decoding": [*MIDDLE, "prompts.group=8", "training.batch=2", "algorithm.renoise={times: 1}"],
+    "middle: update of all weights": [
+        *MIDDLE,
+        "training.batch=2",
+        "algorithm.renoise={times: 2}",
+        "policy.lora.rank=0",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    return middle(tmp_path_factory.mktemp("middle"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORST)
+def test_a_run_needs_the_memory_that_was_predicted(name, request, monkeypatch):
+    """The most that is resident in the iterations of a run, beside what a tiny one left, within 15 %."""
     monkeypatch.chdir(ROOT)
-    if not Path("/proc/self/statm").exists():
+    if not Path("/proc/self/clear_refs").exists():
         pytest.skip("resident memory is read from /proc")
-    recipe = "assets/recipes/lab_diffusion_nft.yaml"
-    given = [*given, "algorithm.steps=2"]
-    usual = ["training.iterations=1", "run.tensorboard=false", "evaluation.prompts=2"]
+    recipe, given = "assets/recipes/lab_diffusion_nft.yaml", [*WORST[name], "algorithm.steps=2"]
+    if name.startswith("middle"):
+        # A second iteration, for it finds gradients and moments there.
+        more = ["training.updates=1", "training.iterations=2"]
+        given += [*more, f"policy.model={request.getfixturevalue('larger')}"]
+    else:
+        given += ["training.iterations=1"]
     # Freed memory goes back to the system at once, so that what is resident is what is in use.
     small = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     ran = subprocess.run(
-        [sys.executable, "tests/peak.py", recipe, *usual, *given],
+        [sys.executable, "tests/peak.py", recipe, "run.tensorboard=false", "evaluation.prompts=0", *given],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **small},
         capture_output=True,
         text=True,
@@ -229,4 +300,4 @@ def test_a_run_needs_the_memory_that_was_predicted(given, within, monkeypatch):
     )
     measured = json.loads(ran.stdout.splitlines()[-1])["peak"]
     _, found = rehearse(load_config(recipe, given))
-    assert found.memory["ddp"].peak == pytest.approx(measured, rel=within)
+    assert found.memory["ddp"].peak == pytest.approx(measured, rel=0.15)
