@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from mmalign.pipelines import ADAPTERS
 
 # Pipeline -> models that come in it, what it does, and what is particular to it here.
+ITS_DENOISER = (
+    "its denoiser loads the LoRA, not its pipeline: `transformer.load_lora_adapter(folder, "
+    "prefix='transformer', weight_name=...)`"
+)
 MODELS = {
     "StableDiffusion3Pipeline": ("SD3, SD3.5", "text to image", "with or without T5"),
     "StableDiffusionPipeline": ("SD 1.x, 2.x", "text to image", "predicts noise or v; sampled by DDIM"),
@@ -19,6 +23,19 @@ MODELS = {
     "QwenImagePipeline": ("Qwen-Image", "text to image", "guidance keeps each token's norm"),
     "QwenImageEditPipeline": ("Qwen-Image-Edit", "editing", "one source picture"),
     "QwenImageEditPlusPipeline": ("Qwen-Image-Edit-2509, 2511", "editing", "several source pictures"),
+    "QwenImage21Pipeline": (
+        "Qwen-Image 2.1",
+        "text to image",
+        "pictures lie on white where they are transparent; its editing is not adapted",
+    ),
+    "Krea2Pipeline": ("Krea 2", "text to image", "guidance is the pipeline's scale plus 1"),
+    "OvisImagePipeline": ("Ovis-Image", "text to image", ITS_DENOISER),
+    "LongCatImagePipeline": (
+        "LongCat-Image",
+        "text to image",
+        "prompts as they are (`enable_prompt_rewrite=False`); guidance makes no token larger; its LoRA as of "
+        "Ovis-Image",
+    ),
     "ZImagePipeline": ("Z-Image, Z-Image-Turbo", "text to image", "guidance is the pipeline's scale plus 1"),
     "Lumina2Pipeline": ("Lumina-Image 2.0", "text to image", "guidance keeps the norm of each row of places"),
     "AuraFlowPipeline": ("AuraFlow", "text to image", ""),
@@ -57,8 +74,7 @@ MODELS = {
     "HunyuanVideo15Pipeline": (
         "HunyuanVideo 1.5",
         "text to video",
-        "its denoiser loads the LoRA, not its pipeline: `transformer.load_lora_adapter(folder, "
-        "prefix='transformer', weight_name=...)`",
+        ITS_DENOISER,
     ),
     "HunyuanVideo15ImageToVideoPipeline": (
         "HunyuanVideo 1.5",

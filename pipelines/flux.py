@@ -33,7 +33,7 @@ class Flux(Family):
             hidden_states=tokens,
             timestep=sigma,
             encoder_hidden_states=condition["embeds"],
-            txt_ids=x.new_zeros(condition["embeds"].shape[1], 3),
+            txt_ids=self.text_places(x, condition["embeds"].shape[1]),
             img_ids=places,
             return_dict=False,
             **self.named(x, condition),
@@ -44,6 +44,10 @@ class Flux(Family):
         """What the network is told besides."""
         guidance = self.told(x) if self.config.guidance_embeds else None
         return {"pooled_projections": condition["pooled"], "guidance": guidance}
+
+    def text_places(self, x: Tensor, length: int) -> Tensor:
+        """The coordinates of every token of a text, [length, 3]."""
+        return x.new_zeros(length, 3)
 
     def places(self, x: Tensor, first: float = 0.0) -> Tensor:
         """The coordinates of every token, [h/2 w/2, 3]; first: which picture it belongs to."""

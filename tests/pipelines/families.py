@@ -29,7 +29,8 @@ class Row:
     own_picture: it takes a picture for each prompt, and else the same for all. negative: it takes a negative
     prompt. true_guidance: it has another than what the network is told. takes_length: it takes a
     max_sequence_length. takes_size: it is told height and width. loads_lora: it can load a LoRA, and not just
-    its denoiser. peft_lora: neither can. prepare: what is set in the plain pipeline before a call.
+    its denoiser. peft_lora: neither can. prepare: what is set in the plain pipeline before a call. shown:
+    what we make of what it draws.
     """
 
     build: Callable[[], Any]
@@ -50,6 +51,7 @@ class Row:
     loads_lora: bool = True
     peft_lora: bool = False
     prepare: Callable[[Any, PolicySettings], None] = lambda pipeline, settings: None
+    shown: Callable[[Tensor], Tensor] = lambda x: x
 
     def load_lora(self, pipeline: Any, folder: Path) -> None:
         """As a user of plain diffusers does it, or of peft where diffusers cannot."""
@@ -316,6 +318,151 @@ def qwen(kind: str = "QwenImagePipeline") -> Any:
 
 def call_qwen(settings: PolicySettings) -> dict[str, Any]:
     return {"true_cfg_scale": settings.guidance}
+
+
+# ---- Qwen-Image 2.1
+
+
+def qwen3_vl(kind: str, tokens: Any, layers: int) -> Any:
+    import transformers
+
+    mark = tokens.convert_tokens_to_ids
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = {**SMALL, "num_hidden_layers": layers, "vocab_size": len(tokens), "head_dim": 8}
+    seen = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = transformers.Qwen3VLConfig(
+        text_config={**text, "rope_parameters": rope},
+        vision_config={**seen, "deepstack_visual_indexes": []},
+        image_token_id=mark("<|image_pad|>"),
+        video_token_id=mark("<|video_pad|>"),
+        vision_start_token_id=mark("<|vision_start|>"),
+        vision_end_token_id=mark("<|vision_end|>"),
+    )
+    return getattr(transformers, kind)(config)
+
+
+def qwen21() -> Any:
+    import diffusers
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tokens = words_tokenizer()
+    return diffusers.QwenImage21Pipeline(
+        transformer=diffusers.QwenImage21Transformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            context_in_dim=16,
+            mlp_ratio=2,
+            axes_dims_rope=(4, 2, 2),
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192),
+        vae=diffusers.AutoencoderKLQwenImage21(
+            base_dim=8,
+            decoder_base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1, 1],
+            num_res_blocks=1,
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.2, 0.8, 1.0, 1.5],
+        ),
+        text_encoder=qwen3_vl("Qwen3VLForConditionalGeneration", tokens, 2),
+        processor=Qwen3VLProcessor(
+            Qwen2VLImageProcessor(), tokens, Qwen3VLVideoProcessor(), chat_template=CHAT
+        ),
+    )
+
+
+def on_white(pictures: Tensor) -> Tensor:
+    """Pictures [n, 4, H, W] with a channel of how much they cover."""
+    return pictures[:, :3] * pictures[:, 3:] + (1 - pictures[:, 3:])
+
+
+# ---- Krea 2
+
+
+def krea2(**given: Any) -> Any:
+    from diffusers import Krea2Pipeline, Krea2Transformer2DModel
+
+    tokens = words_tokenizer(known="describe the image by detailing color shape size texture and background")
+    return Krea2Pipeline(
+        transformer=Krea2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            attention_head_dim=12,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=32,
+            timestep_embed_dim=16,
+            text_hidden_dim=16,
+            num_text_layers=2,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=16,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(4, 4, 4),
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400),
+        vae=qwen_vae(),
+        text_encoder=qwen3_vl("Qwen3VLModel", tokens, 3),
+        tokenizer=tokens,
+        text_encoder_select_layers=(1, 3),
+        **given,
+    )
+
+
+# ---- Ovis-Image and LongCat-Image
+
+
+def ovis_image() -> Any:
+    from diffusers import OvisImagePipeline, OvisImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    tokens = words_tokenizer()
+    return OvisImagePipeline(
+        transformer=OvisImageTransformer2DModel(
+            in_channels=16,
+            out_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 2, 2),
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=image_vae(),
+        text_encoder=Qwen3Model(Qwen3Config(vocab_size=len(tokens), head_dim=8, **SMALL)),
+        tokenizer=tokens,
+    )
+
+
+def longcat_image() -> Any:
+    from diffusers import LongCatImagePipeline, LongCatImageTransformer2DModel
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokens = words_tokenizer()
+    return LongCatImagePipeline(
+        transformer=LongCatImageTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=[4, 2, 2],
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=image_vae(),
+        text_encoder=qwen_text(tokens),
+        tokenizer=tokens,
+        text_processor=Qwen2VLProcessor(
+            Qwen2VLImageProcessor(), tokens, Qwen2VLVideoProcessor(), chat_template=CHAT
+        ),
+    )
 
 
 # ---- Z-Image
@@ -1074,6 +1221,29 @@ FAMILIES = {
     ),
     "QwenImageEditPlusPipeline": Row(
         lambda: qwen("QwenImageEditPlusPipeline"), call_qwen, latents=pack, sources=2, one_by_one=True
+    ),
+    "QwenImage21Pipeline": Row(
+        qwen21,
+        call_qwen,
+        {"max_sequence_length": 200},
+        size=(64, 96),
+        latents=lambda x: x.flatten(2).transpose(1, 2),
+        one_by_one=True,  # places of a picture are counted on from the longest of its texts
+        takes_length=False,
+        shown=on_white,
+    ),
+    "Krea2Pipeline": Row(
+        krea2, lambda s: {"guidance_scale": s.guidance - 1}, {"max_sequence_length": 200}, latents=pack
+    ),
+    "OvisImagePipeline": Row(
+        ovis_image, call_scale, {"max_sequence_length": 250}, latents=pack, loads_lora=False
+    ),
+    "LongCatImagePipeline": Row(
+        longcat_image,
+        lambda s: {"guidance_scale": s.guidance, "enable_prompt_rewrite": False},
+        latents=pack,
+        takes_length=False,
+        loads_lora=False,
     ),
     "ZImagePipeline": Row(z_image, lambda s: {"guidance_scale": s.guidance - 1}, {"max_sequence_length": 48}),
     "WanPipeline": Row(wan, call_scale, frames=5),

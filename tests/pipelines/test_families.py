@@ -1,6 +1,7 @@
 """Every adapter is its diffusers pipeline, number for number, and trains as a LoRA that diffusers loads."""
 
 import copy
+import math
 import sys
 import types
 from dataclasses import replace
@@ -155,7 +156,7 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
             asked["negative_prompt"] = [settings.negative_prompt] * len(part)
         out = plain(**call, **asked)
         drawn.append(out.images if hasattr(out, "images") else out.frames)
-    return torch.cat([torch.as_tensor(part) for part in drawn])
+    return row.shown(torch.cat([torch.as_tensor(part) for part in drawn]))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -318,6 +319,37 @@ def test_the_steps_of_distilled_models_are_those_of_cps_at_full_noise(world):
         )[0]
         assert_close(moved.mean + moved.std * drawn, theirs, atol=1e-6, rtol=1e-5)
         x = theirs
+
+
+def test_schedules_of_distilled_models_are_their_own(world):
+    """Krea 2's has one shift for all sizes, that of Qwen-Image 2.1 is a list of sigmas."""
+    policy = policy_of(world, "Krea2Pipeline")
+    policy.adapter.pipeline.register_to_config(is_distilled=True)
+    even = torch.tensor([1.0, 0.75, 0.5, 0.25])
+    shifted = math.exp(1.15) / (math.exp(1.15) + (1 / even - 1))
+    assert_close(policy.adapter.sigmas(4, policy.shape), torch.cat([shifted, torch.zeros(1)]))
+    policy = policy_of(world, "QwenImage21Pipeline")
+    policy.adapter.pipeline.register_to_config(sample_sigmas=[1.0, 0.6])
+    mu = policy.adapter.shift(2, policy.shape)
+    shifted = math.exp(mu) / (math.exp(mu) + (1 / torch.tensor([1.0, 0.6]) - 1))
+    assert_close(policy.adapter.sigmas(2, policy.shape), torch.cat([shifted, torch.zeros(1)]))
+    with pytest.raises(ValueError, match="sampled in 2 steps, at sigmas of its own; got 3"):
+        policy.adapter.sigmas(3, policy.shape)
+
+
+def test_texts_that_a_model_takes_whole_are_not_cut(world):
+    policy = policy_of(world, "QwenImage21Pipeline", max_sequence_length=8)
+    with pytest.raises(ValueError, match=r"policy\.max_sequence_length is 8, .* of 'a red cat' it sees \d\d"):
+        policy.images(prompts_of(TEXTS, 1), 2, KEY)
+
+
+def test_pictures_given_to_a_model_of_transparent_ones_are_opaque(world):
+    adapter = policy_of(world, "QwenImage21Pipeline").adapter
+    media = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        opaque = torch.cat([media, torch.ones(1, 1, 64, 96)], 1)[:, :, None] * 2 - 1
+        raw = adapter.pipeline.vae.encode(opaque).latent_dist.mode()
+        assert_close(adapter.latents(media), adapter.from_vae(raw)[:, :, 0])
 
 
 @pytest.mark.parametrize(
