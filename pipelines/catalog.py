@@ -48,6 +48,17 @@ MODELS = {
     ),
     "PixArtSigmaPipeline": ("PixArt-Sigma", "text to image", "as PixArt-alpha"),
     "CogView4Pipeline": ("CogView4", "text to image", "its network is told the time before the shift"),
+    "HunyuanImagePipeline": (
+        "HunyuanImage 2.1",
+        "text to image",
+        "plain guidance in place of its guiders; its LoRA as of Ovis-Image; distilled models are refused",
+    ),
+    "HunyuanDiTPipeline": (
+        "HunyuanDiT",
+        "text to image",
+        "predicts v; sampled by DDIM; its LoRA as of PixArt-alpha",
+    ),
+    "KolorsPipeline": ("Kolors", "text to image", "predicts noise; sampled by DDIM"),
     "HiDreamImagePipeline": (
         "HiDream-I1",
         "text to image",

@@ -35,7 +35,8 @@ class Family:
     """Adapter of pictures; an empty pipeline is read from `settings.model`.
 
     kind: name of the diffusers pipeline. patch: places of the latent along a side of one token. default_side:
-    places along a side of a picture, where the network's configuration has no `sample_size`.
+    places along a side of a picture, where the network's configuration has no `sample_size`. rescales: it
+    takes a `guidance_rescale`.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Family:
     lora_targets: tuple[str, ...] = ATTENTION
     patch = 2
     default_side = 128
+    rescales = False
 
     def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
         self.pipeline: Any = read(self.kind, settings) if pipeline is None else pipeline
@@ -51,7 +53,7 @@ class Family:
         self.read_schedule()
         if settings.shift is not None:
             self.pipeline.scheduler = shifted(self.pipeline.scheduler, settings.shift)
-        if settings.guidance_rescale:
+        if settings.guidance_rescale and not self.rescales:
             raise ValueError(f"policy.guidance_rescale must be 0: a {self.kind} has none")
 
     def read_schedule(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines.family import pack
-from mmalign.testing import WORDS, _clip_config, _clip_tokenizer, _t5_tokenizer, _vae
+from mmalign.testing import DIFFUSION, WORDS, _clip_config, _clip_tokenizer, _t5_tokenizer, _unet, _vae
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Row:
         if self.peft_lora:
             pipeline.transformer = pipeline.transformer.unload()
             return
-        for name in ("transformer", "transformer_2"):
+        for name in ("transformer", "transformer_2", "unet"):
             if (network := getattr(pipeline, name, None)) is not None:
                 network.unload_lora()
 
@@ -411,6 +412,153 @@ def krea2(**given: Any) -> Any:
         text_encoder_select_layers=(1, 3),
         **given,
     )
+
+
+# ---- HunyuanImage, HunyuanDiT, Kolors
+
+
+def hunyuan_image() -> Any:
+    import diffusers
+    from diffusers.guiders import ClassifierFreeGuidance
+    from transformers import ByT5Tokenizer
+
+    tokens, letters = words_tokenizer(), ByT5Tokenizer()
+    return diffusers.HunyuanImagePipeline(
+        transformer=diffusers.HunyuanImageTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=16,
+            text_embed_2_dim=32,
+            rope_axes_dim=(4, 4),
+        ),
+        scheduler=flow(shift=5.0),
+        vae=diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(32, 32, 32),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            sample_size=64,
+            scaling_factor=0.8,
+        ),
+        text_encoder=qwen_text(tokens),
+        tokenizer=tokens,
+        text_encoder_2=t5(letters),
+        tokenizer_2=letters,
+        guider=ClassifierFreeGuidance(guidance_scale=3.5),
+    )
+
+
+def hunyuan_dit() -> Any:
+    import diffusers
+    from transformers import BertConfig, BertModel
+
+    tokens, t5_tokens = words_tokenizer(), _t5_tokenizer()
+    return diffusers.HunyuanDiTPipeline(
+        transformer=diffusers.HunyuanDiT2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            patch_size=2,
+            sample_size=16,
+            hidden_size=16,
+            num_layers=4,
+            mlp_ratio=2.0,
+            cross_attention_dim=16,
+            cross_attention_dim_t5=32,
+            pooled_projection_dim=16,
+        ),
+        scheduler=diffusers.DDPMScheduler(
+            prediction_type="v_prediction", timestep_spacing="leading", clip_sample=False
+        ),
+        vae=diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 4, 8),
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.7,
+        ),
+        text_encoder=BertModel(
+            BertConfig(
+                vocab_size=len(tokens),
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+            )
+        ),
+        tokenizer=tokens,
+        text_encoder_2=t5(t5_tokens),
+        tokenizer_2=t5_tokens,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def kolors() -> Any:
+    import diffusers
+    from diffusers.pipelines.kolors import ChatGLMModel
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+
+    tokens = chatglm_tokenizer()
+    text = ChatGLMModel(
+        ChatGLMConfig(
+            num_layers=2,
+            padded_vocab_size=1000,
+            hidden_size=16,
+            ffn_hidden_size=32,
+            kv_channels=8,
+            num_attention_heads=2,
+            seq_length=256,
+            multi_query_attention=True,
+            multi_query_group_num=1,
+            original_rope=True,
+        )
+    )
+    for weights in text.parameters():  # it leaves them as memory was
+        torch.nn.init.normal_(weights, 0.0, 0.2)
+    return diffusers.KolorsPipeline(
+        unet=_unet(
+            cross_attention_dim=32,
+            use_linear_projection=True,
+            encoder_hid_dim=16,
+            encoder_hid_dim_type="text_proj",
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 16,
+        ),
+        scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **DIFFUSION),
+        vae=_vae(scaling_factor=0.13025),
+        text_encoder=text,
+        tokenizer=tokens,
+    )
+
+
+def chatglm_tokenizer() -> Any:
+    """Its file is there as long as it is."""
+    import sentencepiece
+    from diffusers.pipelines.kolors import ChatGLMTokenizer
+
+    home = TemporaryDirectory()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(WORDS)] * 20),
+        model_prefix=f"{home.name}/tokenizer",
+        vocab_size=200,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    made = ChatGLMTokenizer(f"{home.name}/tokenizer.model")
+    made.home = home
+    return made
 
 
 # ---- Ovis-Image and LongCat-Image
@@ -1265,6 +1413,23 @@ FAMILIES = {
         prepare=by_ddim,
     ),
     "PixArtSigmaPipeline": Row(pixart, call_pixart, peft_lora=True, prepare=by_ddim),
+    "HunyuanImagePipeline": Row(
+        hunyuan_image, lambda s: {}, takes_length=False, loads_lora=False, prepare=set_guider
+    ),
+    "HunyuanDiTPipeline": Row(
+        hunyuan_dit,
+        lambda s: {
+            "guidance_scale": s.guidance,
+            "guidance_rescale": s.guidance_rescale,
+            "use_resolution_binning": False,
+        },
+        {"guidance_rescale": 0.4},
+        size=(64, 96),
+        takes_length=False,
+        peft_lora=True,
+        prepare=by_ddim,
+    ),
+    "KolorsPipeline": Row(kolors, call_scale, takes_length=False, prepare=by_ddim),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
     "LTXImageToVideoPipeline": Row(
         lambda: ltx("LTXImageToVideoPipeline", 1.0),  # its pipeline knows no factor when it encodes

@@ -175,7 +175,7 @@ def test_a_sample_is_that_of_the_plain_pipeline(world, name, guidance):
 
 
 # They read texts of more than a thousand tokens.
-SLOW = {"HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"}
+SLOW = {"HunyuanImagePipeline", "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"}
 
 
 @pytest.mark.parametrize(
@@ -360,6 +360,7 @@ def test_pictures_given_to_a_model_of_transparent_ones_are_opaque(world):
         ("FluxPipeline", {"height": 36}, "policy.height must be a multiple of 8 for this model, got 36"),
         ("WanPipeline", {"frames": 6}, "policy.frames must be 1 more than a multiple of 2 .*, got 6"),
         ("CogVideoXPipeline", {"max_sequence_length": 20}, "policy.max_sequence_length must be 16 for this"),
+        ("KolorsPipeline", {"guidance_rescale": 0.5}, "policy.guidance_rescale must be 0: a KolorsPipeline"),
         ("CogVideoXPipeline", {"guidance_rescale": 0.5}, "policy.guidance_rescale must be 0: a CogVideoX"),
         ("CogVideoXPipeline", {"shift": 3.0}, "policy.shift must be null: CogVideoXDDIMScheduler, the sched"),
         ("FluxPipeline", {"shift": 0.0}, "policy.shift must be positive, got 0.0"),
@@ -497,6 +498,14 @@ def test_step_distilled_models_of_hunyuan_video_are_refused(world):
     adapter = policy_of(world, "HunyuanVideo15ImageToVideoPipeline").adapter
     adapter.pipeline.transformer.register_to_config(use_meanflow=True)
     with pytest.raises(ValueError, match=r"mean velocity up to a second time.*use_meanflow false"):
+        type(adapter)(adapter.settings, adapter.pipeline)
+
+
+@pytest.mark.parametrize("distilled", ["use_meanflow", "guidance_embeds"])
+def test_distilled_models_of_hunyuan_image_are_refused(world, distilled):
+    adapter = policy_of(world, "HunyuanImagePipeline").adapter
+    adapter.pipeline.transformer.register_to_config(**{distilled: True})
+    with pytest.raises(ValueError, match=r"mean velocity up to a second time.*guidance_embeds false"):
         type(adapter)(adapter.settings, adapter.pipeline)
 
 
