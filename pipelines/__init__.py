@@ -25,6 +25,8 @@ ADAPTERS = {
     "FluxKontextPipeline": "mmalign.pipelines.flux:FluxKontext",
     "FluxPipeline": "mmalign.pipelines.flux:Flux",
     "HiDreamImagePipeline": "mmalign.pipelines.hidream:HiDream",
+    "CogView3PlusPipeline": "mmalign.pipelines.cogview3:CogView3Plus",
+    "ErnieImagePipeline": "mmalign.pipelines.ernie_image:ErnieImage",
     "HunyuanDiTPipeline": "mmalign.pipelines.hunyuan_dit:HunyuanDiT",
     "HunyuanImagePipeline": "mmalign.pipelines.hunyuan_image:HunyuanImage",
     "HunyuanVideo15ImageToVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo15ImageToVideo",

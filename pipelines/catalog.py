@@ -58,6 +58,16 @@ MODELS = {
         "text to image",
         "predicts v; sampled by DDIM; its LoRA as of PixArt-alpha",
     ),
+    "CogView3PlusPipeline": (
+        "CogView3-Plus",
+        "text to image",
+        "predicts v; sampled by DDIM; its LoRA as of PixArt-alpha",
+    ),
+    "ErnieImagePipeline": (
+        "ERNIE-Image",
+        "text to image",
+        "prompts as they are (`use_pe=False`; `policy.leave_out: [pe]` saves the memory)",
+    ),
     "KolorsPipeline": ("Kolors", "text to image", "predicts noise; sampled by DDIM"),
     "HiDreamImagePipeline": (
         "HiDream-I1",

@@ -395,3 +395,13 @@ def padded(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     kept = tokens[:length]
     mask = torch.arange(length, device=tokens.device) < len(kept)
     return F.pad(kept, (0, 0, 0, length - len(kept))), mask
+
+
+def filled(tokens: Tensor, length: int, text: str) -> tuple[Tensor, Tensor]:
+    """As `padded`, of a text that a model takes whole; ValueError where it is longer."""
+    if len(tokens) > length:
+        raise ValueError(
+            f"policy.max_sequence_length is {length}, and this model takes texts whole; of {text!r} it sees "
+            f"{len(tokens)} tokens"
+        )
+    return padded(tokens, length)

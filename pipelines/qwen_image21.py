@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmalign.pipelines.family import Family, Standardized, padded, schedule
+from mmalign.pipelines.family import Family, Standardized, filled, schedule
 from mmalign.pipelines.flow import Condition
 
 
@@ -25,12 +25,7 @@ class QwenImage21(Standardized, Family):
 
     def encode(self, text: str) -> Condition:
         (embeds,), *_ = self.pipeline.encode_prompt([text], device=self.device)
-        if len(embeds) > self.max_sequence_length:
-            raise ValueError(
-                f"policy.max_sequence_length is {self.max_sequence_length}, and this model takes texts "
-                f"whole; of {text!r} it sees {len(embeds)} tokens"
-            )
-        kept, mask = padded(embeds, self.max_sequence_length)
+        kept, mask = filled(embeds, self.max_sequence_length, text)
         return {"embeds": kept, "mask": mask}
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:

@@ -561,6 +561,65 @@ def chatglm_tokenizer() -> Any:
     return made
 
 
+# ---- CogView3-Plus, ERNIE-Image
+
+
+def cogview3() -> Any:
+    import diffusers
+
+    tokens = _t5_tokenizer()
+    return diffusers.CogView3PlusPipeline(
+        transformer=diffusers.CogView3PlusTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            text_embed_dim=32,
+            time_embed_dim=8,
+            condition_dim=4,
+            pos_embed_max_size=16,
+            sample_size=8,
+        ),
+        scheduler=diffusers.CogVideoXDDIMScheduler(
+            num_train_timesteps=999,  # as CogVideoX's
+            clip_sample=False,
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+        ),
+        vae=image_vae(shift_factor=None),
+        text_encoder=t5(tokens),
+        tokenizer=tokens,
+    )
+
+
+def ernie_image() -> Any:
+    import diffusers
+    import transformers
+
+    tokens = words_tokenizer()
+    network = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=24,
+        num_attention_heads=2,
+        num_layers=1,
+        ffn_hidden_size=16,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=16,
+        rope_axes_dim=(4, 4, 4),
+    )
+    for layer in (network.adaLN_modulation[-1], network.final_linear):  # that begin with 0
+        torch.nn.init.normal_(layer.weight, 0.0, 0.2)
+    return diffusers.ErnieImagePipeline(
+        transformer=network,
+        scheduler=flow(shift=4.0),
+        vae=flux2_vae(),
+        text_encoder=transformers.Mistral3Model(mistral3(tokens, 2)),
+        tokenizer=tokens,
+    )
+
+
 # ---- Ovis-Image and LongCat-Image
 
 
@@ -874,25 +933,7 @@ def flux2(kind: str = "Flux2Pipeline") -> Any:
 
     tokens = words_tokenizer()
     if kind == "Flux2Pipeline":
-        text = transformers.Mistral3ForConditionalGeneration(
-            transformers.Mistral3Config(
-                text_config={
-                    "model_type": "mistral",
-                    "vocab_size": len(tokens),
-                    "head_dim": 8,
-                    **SMALL | {"num_hidden_layers": 31},
-                },
-                vision_config={
-                    "model_type": "pixtral",
-                    "hidden_size": 16,
-                    "intermediate_size": 16,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 2,
-                    "image_size": 28,
-                    "patch_size": 14,
-                },
-            )
-        )
+        text = transformers.Mistral3ForConditionalGeneration(mistral3(tokens, 31))
     else:
         text = transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(vocab_size=len(tokens), head_dim=8, **SMALL | {"num_hidden_layers": 28})
@@ -910,17 +951,45 @@ def flux2(kind: str = "Flux2Pipeline") -> Any:
             guidance_embeds=kind == "Flux2Pipeline",
         ),
         scheduler=flow(use_dynamic_shifting=True),
-        vae=diffusers.AutoencoderKLFlux2(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(4, 4, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=2,
-            sample_size=32,
-        ),
+        vae=flux2_vae(),
         text_encoder=text,
         tokenizer=tokens,
+    )
+
+
+def flux2_vae() -> Any:
+    from diffusers import AutoencoderKLFlux2
+
+    return AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=32,
+    )
+
+
+def mistral3(tokens: Any, layers: int) -> Any:
+    from transformers import Mistral3Config
+
+    return Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": len(tokens),
+            "head_dim": 8,
+            **SMALL | {"num_hidden_layers": layers},
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
     )
 
 
@@ -1428,6 +1497,10 @@ FAMILIES = {
         takes_length=False,
         peft_lora=True,
         prepare=by_ddim,
+    ),
+    "CogView3PlusPipeline": Row(cogview3, call_scale, takes_length=False, peft_lora=True),
+    "ErnieImagePipeline": Row(
+        ernie_image, lambda s: {"guidance_scale": s.guidance, "use_pe": False}, takes_length=False
     ),
     "KolorsPipeline": Row(kolors, call_scale, takes_length=False, prepare=by_ddim),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),

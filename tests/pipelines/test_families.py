@@ -252,7 +252,9 @@ def test_a_multistep_solver_gives_way_to_euler_steps_on_its_sigmas(world):
 
 
 # Theirs is the schedule of a diffusion model, which has no shift.
-UNSHIFTED = [name for name in FAMILIES if name.startswith(("CogVideoX", "PixArt"))]
+UNSHIFTED = [
+    name for name in FAMILIES if name.startswith(("CogVideoX", "CogView3", "HunyuanDiT", "Kolors", "PixArt"))
+]
 
 
 @pytest.mark.parametrize(
@@ -337,9 +339,10 @@ def test_schedules_of_distilled_models_are_their_own(world):
         policy.adapter.sigmas(3, policy.shape)
 
 
-def test_texts_that_a_model_takes_whole_are_not_cut(world):
-    policy = policy_of(world, "QwenImage21Pipeline", max_sequence_length=8)
-    with pytest.raises(ValueError, match=r"policy\.max_sequence_length is 8, .* of 'a red cat' it sees \d\d"):
+@pytest.mark.parametrize("name", ["QwenImage21Pipeline", "ErnieImagePipeline"])
+def test_texts_that_a_model_takes_whole_are_not_cut(world, name):
+    policy = policy_of(world, name, max_sequence_length=2)
+    with pytest.raises(ValueError, match=r"policy\.max_sequence_length is 2, .* of 'a red cat' it sees \d"):
         policy.images(prompts_of(TEXTS, 1), 2, KEY)
 
 
