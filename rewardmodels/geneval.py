@@ -97,7 +97,8 @@ class GenEval:
             return fault
         if self._towers is None and any(one.get("color") for one in include):
             return "the prompt asks for a color, and no CLIP is there to name one: set clip"
-        return self.detects.objection(classes(include, extra))
+        strange: str | None = self.detects.objection(classes(include, extra))
+        return strange
 
     def _judge(
         self, image: Tensor, include: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]
