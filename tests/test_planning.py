@@ -19,6 +19,7 @@ from mmalign.pipelines import catalog, load
 from mmalign.pipelines.blueprint import blank_policy, known_models, read_blueprint
 from mmalign.planning import (
     GIB,
+    RESERVED,
     SHARDINGS,
     Working,
     _fused_attention,
@@ -239,7 +240,9 @@ def test_a_recipe_of_a_real_model_is_right_as_far_as_can_be_known(name, monkeypa
     monkeypatch.chdir(ROOT)
     config = load_config(ROOT / f"assets/recipes/{name}.yaml")
     told, found = rehearse(config, gpus=8)
-    assert found.advice == [], "eight devices of 80 GiB are enough"
+    # Eight devices of 80 GiB are enough: alone with adapters, and sharded with all weights.
+    enough = "ddp" if config.policy.lora.rank else "zero3"
+    assert found.memory[enough].peak < 80 * GIB * (1 - RESERVED)
     assert found.work.seconds > 1
     assert "to sample" in told["forwards an iteration"]
 
