@@ -44,6 +44,7 @@ from mmalign.pipelines.videos import open_video
 from mmalign.pipelines.vlm import LINEAR, linears
 from mmalign.randomness import generator, seed_of
 from mmalign.records import Evaluation
+from mmalign.rewardmodels.clip import Precision
 from mmalign.rewardmodels.descore import (
     ADAPTER,
     ADAPTER_SAID,
@@ -172,7 +173,8 @@ class ColdStart:
     """Stage 1; lr, warmup, hide, rank and alpha are the paper's, for a model of 8B."""
 
     steps: int = 1000
-    batch: int = 16  # pairs at once
+    batch: int = 16  # pairs of one update
+    chunk: int = 16  # pairs in one forward; lower it for less memory
     lr: float = 2e-6  # raise it for small models and heads that begin from nothing
     warmup: float = 0.05  # share of the steps
     hide: float = 0.5  # pairs that are scored without reasoning; 0 trains no `think: false`
@@ -184,7 +186,7 @@ class ColdStart:
 
     def __post_init__(self) -> None:
         _positive("cold start", steps=self.steps, batch=self.batch, lr=self.lr, rank=self.rank)
-        _positive("cold start", alpha=self.alpha, save_every=self.save_every)
+        _positive("cold start", alpha=self.alpha, chunk=self.chunk, save_every=self.save_every)
         if not 0 <= self.hide <= 1 or not 0 <= self.warmup <= 1:
             raise ValueError(f"hide and warmup lie in 0..1, got {self.hide}, {self.warmup}")
         if self.loss not in (known := get_args(Loss)):
@@ -196,7 +198,8 @@ class DualRL:
     """Stage 2; rollouts, lr, kl and weight are the paper's, for a model of 8B."""
 
     steps: int = 200
-    batch: int = 8  # pairs at once; both videos are thought about
+    batch: int = 8  # pairs whose videos are thought about before updates
+    chunk: int = 8  # pairs in one forward, with all their thoughts; lower it for less memory
     rollouts: int = 8  # thoughts on each video
     minibatch: int = 2  # pairs of one update, with all their rollouts
     lr: float = 1e-6
@@ -209,7 +212,8 @@ class DualRL:
 
     def __post_init__(self) -> None:
         _positive("dual rl", steps=self.steps, batch=self.batch, lr=self.lr, minibatch=self.minibatch)
-        _positive("dual rl", length_step=self.length_step, clip=self.clip, save_every=self.save_every)
+        _positive("dual rl", length_step=self.length_step, clip=self.clip, chunk=self.chunk)
+        _positive("dual rl", save_every=self.save_every)
         if self.rollouts < 2:
             raise ValueError(f"rollouts are compared with each other: 2 or more, got {self.rollouts}")
         if self.kl < 0 or self.weight < 0:
@@ -223,7 +227,7 @@ def _positive(stage: str, **numbers: float) -> None:
 
 
 class Student:
-    """A judge that learns: adapters on its language model, its head, and the one row."""
+    """A judge that learns: adapters on its language model, its head, and the one row, all in fp32."""
 
     def __init__(self, judge: Thinker, rank: int, alpha: int, seed: int = 0) -> None:
         self.judge, self.rank, self.alpha = judge, rank, alpha
@@ -240,9 +244,9 @@ class Student:
         return [*self.adapter.values(), self.judge.head.weight, self.judge.row]
 
     @classmethod
-    def load(cls, folder: Path, model: str | None = None) -> Student:
+    def load(cls, folder: Path, model: str | None = None, precision: Precision = "fp32") -> Student:
         """What `save` wrote, to be trained further; model: where its base lies now."""
-        judge = Thinker(settings_of(str(folder), model))
+        judge = Thinker(settings_of(str(folder), model), precision)
         judge.take(folder)
         state, rank, alpha = adapter_of(folder)
         student = cls(judge, rank, alpha)
@@ -330,11 +334,18 @@ def cold_start(
             for pair, hide in zip(some, hidden, strict=True)
             for side in pair.sides
         ]
-        score = judge.read(student.asked(some), thoughts).score.reshape(-1, 2)
-        tie = torch.tensor([pair.tie for pair in some], device=score.device)
-        loss = preference_loss(score[:, 0], score[:, 1], tie, settings.loss).mean()
-        norm = _step(optimizer, student, loss)
-        return {"loss": loss.item(), "right": share(score[:, 0] > score[:, 1], ~tie), "norm": norm}
+        tie = torch.tensor([pair.tie for pair in some], device=judge.network.device)
+        scores, total = [], 0.0
+        for part in parts(len(some), settings.chunk):
+            asked, told = student.asked(some[part]), thoughts[2 * part.start : 2 * part.stop]
+            score = judge.read(asked, told).score.reshape(-1, 2)
+            loss = preference_loss(score[:, 0], score[:, 1], tie[part], settings.loss).sum() / len(some)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            scores.append(score.detach())
+        chosen, rejected = torch.cat(scores).unbind(1)
+        norm = _step(optimizer, student)
+        return {"loss": total, "right": share(chosen > rejected, ~tie), "norm": norm}
 
     _train(student, pairs, settings, "cold start", update, log, folder)
 
@@ -356,14 +367,18 @@ def dual_rl(
     def update(step: int, some: list[Pair], optimizer: torch.optim.Optimizer) -> Row:
         rolled = roll(student, some, settings, seed_of(settings.seed, "thoughts", step) % 2**31)
         found: list[Row] = []
-        for first in range(0, len(some), settings.minibatch):
-            part, reference = rolled.take(first, settings.minibatch), None
-            if settings.kl:
-                with torch.no_grad(), copies.use(REFERENCE):
-                    reference = likely(judge, part.asked, part.thoughts, part.token)[0]
-            loss, row = dual_loss(judge, part, reference, settings)
-            found.append({**row, "norm": _step(optimizer, student, loss)})
-        mean = {name: float(np.nanmean([row[name] for row in found])) for name in found[0]}
+        for minibatch in parts(len(some), settings.minibatch):
+            whole = rolled.take(minibatch)
+            for chunk in parts(len(whole.tie), settings.chunk):
+                part, reference = whole.take(chunk), None
+                if settings.kl:
+                    with torch.no_grad(), copies.use(REFERENCE):
+                        reference = likely(judge, part.asked, part.thoughts, part.token)[0]
+                loss, row = dual_loss(judge, part, reference, settings, whole)
+                loss.backward()  # type: ignore[no-untyped-call]
+                found.append(row)
+            found[-1]["norm"] = _step(optimizer, student)
+        mean = {name: float(np.nanmean([row[name] for row in found if name in row])) for name in found[-1]}
         return {**rolled.measures, **mean}
 
     _train(student, pairs, settings, "dual rl", update, log, folder)
@@ -423,6 +438,7 @@ def _begun(
         **asdict(student.judge.settings),
         **asdict(settings),
         "stage": stage,
+        "precision": str(student.judge.network.dtype),
         "pairs": hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest(),
         "weights": start.hexdigest(),
     }
@@ -446,10 +462,10 @@ class Rolled:
     old: Tensor
     measures: Mapping[str, float]
 
-    def take(self, first: int, size: int) -> Rolled:
-        """`size` pairs from the `first` on, with all their thoughts."""
+    def take(self, pairs: slice) -> Rolled:
+        """Some pairs, with all their thoughts."""
         each = len(self.asked) // len(self.tie)
-        rows, pairs = slice(first * each, (first + size) * each), slice(first, first + size)
+        rows = slice(pairs.start * each, pairs.stop * each)
         return replace(
             self,
             asked=self.asked[rows],
@@ -468,7 +484,10 @@ def roll(student: Student, pairs: Sequence[Pair], settings: DualRL, seed: int) -
     judge, count = student.judge, settings.rollouts
     asked = [one for one in student.asked(pairs) for _ in range(count)]
     sides = [side for pair in pairs for side in pair.sides for _ in range(count)]
-    thoughts = judge.think(asked, 1.0, seed)
+    thoughts = []
+    for part in parts(len(pairs), settings.chunk):
+        rows = slice(2 * count * part.start, 2 * count * part.stop)
+        thoughts += judge.think(asked[rows], 1.0, seed + part.start)
     texts = [judge.words(thought.tokens) for thought in thoughts]
     reward = torch.tensor(
         [
@@ -519,9 +538,12 @@ def likely(
 
 
 def dual_loss(
-    judge: Thinker, rolled: Rolled, reference: Tensor | None, settings: DualRL
+    judge: Thinker, rolled: Rolled, reference: Tensor | None, settings: DualRL, whole: Rolled
 ) -> tuple[Tensor, Row]:
-    """L2 of some pairs; reference: log-probabilities [N, T] of stage 1, None without a pull to it."""
+    """What some pairs add to L2 of the `whole` minibatch that they are from.
+
+    reference: log-probabilities [N, T] of stage 1, None without a pull to it.
+    """
     new, score = likely(judge, rolled.asked, rolled.thoughts, rolled.token)
     new = torch.where(rolled.mask, new, 0.0)
     old = torch.where(rolled.mask, rolled.old, 0.0)
@@ -532,11 +554,11 @@ def dual_loss(
         away = divergence(Evaluation(new), Evaluation(torch.where(rolled.mask, reference, 0.0)))
         loss = loss + settings.kl * away
         measures["kl"] = away.detach()[rolled.mask].mean().item()
-    policy = loss[rolled.mask].mean()
+    policy = loss[rolled.mask].sum() / whole.mask.sum()
     chosen, rejected = score.reshape(len(rolled.tie), 2, -1).unbind(1)
-    preference = preference_loss(chosen, rejected, rolled.tie[:, None]).mean()
-    measures |= {"preference": preference.item(), "right": share(chosen > rejected, ~rolled.tie)}
-    return policy + settings.weight * preference, measures
+    preference = preference_loss(chosen, rejected, rolled.tie[:, None])
+    measures |= {"preference": preference.mean().item(), "right": share(chosen > rejected, ~rolled.tie)}
+    return policy + settings.weight * 2 * preference.sum() / len(whole.asked), measures
 
 
 def share(right: Tensor, counts: Tensor) -> float:
@@ -544,11 +566,15 @@ def share(right: Tensor, counts: Tensor) -> float:
     return right[counts].float().mean().item()
 
 
-def _step(optimizer: torch.optim.Optimizer, student: Student, loss: Tensor) -> float:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+def parts(count: int, size: int) -> Iterator[slice]:
+    """Slices of up to `size` that cover `count` rows."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def _step(optimizer: torch.optim.Optimizer, student: Student) -> float:
     norm = nn.utils.clip_grad_norm_(student.learned, 1.0, error_if_nonfinite=True)
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
 

@@ -81,7 +81,7 @@ DIALECTS = {
         wants={"return_meta_info": True},
         named=lambda base, adapter: f"{base}:{adapter}",
         read=read_sglang,
-        needs="return_meta_info of chat completions",
+        needs="return_meta_info of chat completions (SGLang 0.5.13 has it)",
     ),
 }
 

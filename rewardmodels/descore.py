@@ -21,7 +21,8 @@ import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,7 @@ class Thinker:
         average = self.network.get_input_embeddings().weight[:rows].float().mean(0)
         self.row = nn.Parameter(average, requires_grad=False)  # of the token, at first as any word
         self.network.get_input_embeddings().register_forward_hook(self._own_row)
+        self._twice: list[nn.Module] = []
 
     @classmethod
     def load(cls, folder: str, model: str | None = None, precision: Precision = "fp32") -> Thinker:
@@ -167,6 +169,26 @@ class Thinker:
         self.head.to(device)
         self.row.data = self.row.data.to(device)
         return self
+
+    def checkpoint_gradients(self) -> None:
+        """From now on layers keep nothing for a gradient but what goes in, and are computed twice."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        self._twice = [
+            part for part in self.network.modules() if isinstance(part, GradientCheckpointingLayer)
+        ]
+
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Inside alone that holds: a layer that is computed twice keeps no cache, and drawing needs one."""
+        for layer in self._twice:
+            layer.training = True  # the layer alone: what is in it stays without dropout
+        try:
+            yield
+        finally:
+            for layer in self._twice:
+                layer.training = False
 
     def _own_row(self, _: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
         return torch.where((given[0] == self.token)[..., None], self.row.to(out.dtype), out)
@@ -239,7 +261,8 @@ class Thinker:
     ) -> Reading:
         """Scores after given thoughts; an empty one is none. along: also the states along the thought."""
         tails = [(*thought, self.token) for thought in thoughts]
-        states = self.network.model(**self._together(asked, tails), use_cache=False).last_hidden_state
+        with self._checkpointed():
+            states = self.network.model(**self._together(asked, tails), use_cache=False).last_hidden_state
         begin = torch.tensor([one["input_ids"].shape[1] for one in asked], device=states.device)
         length = torch.tensor([len(thought) for thought in thoughts], device=states.device)
         row = torch.arange(len(asked), device=states.device)

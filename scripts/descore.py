@@ -75,6 +75,10 @@ def arguments() -> argparse.Namespace:
             kind = type(field.default)
             part.add_argument(f"--{field.name}", type=kind, help=f"stage 1: {field.default}")
     part.add_argument("--calibrate", type=int, default=100, help="pairs that mean and deviation are of (100)")
+    part.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of what is frozen (fp32)"
+    )
+    part.add_argument("--gradient-checkpointing", action="store_true", help="slower, in less memory")
     part.add_argument("--device", default="cpu")
     add_settings(part, *STAGES.values())
     part = commands.add_parser("evaluate", help="accuracy on pairs")
@@ -152,11 +156,14 @@ def train(options: argparse.Namespace) -> None:
         if not options.model:
             raise ValueError("stage 1 needs --model, what the judge starts from")
         said = ThinkerSettings(**chosen(ThinkerSettings, options))
-        student = Student(Thinker(said), settings.rank, settings.alpha, settings.seed)
+        judge = Thinker(said, options.precision)
+        student = Student(judge, settings.rank, settings.alpha, settings.seed)
     else:
         if not options.start:
             raise ValueError("stage 2 needs --start, what stage 1 wrote")
-        student = Student.load(options.start, options.model)
+        student = Student.load(options.start, options.model, options.precision)
+    if options.gradient_checkpointing:
+        student.judge.checkpoint_gradients()
     student.judge.to(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=settings.steps, desc=f"stage {options.stage}")

@@ -39,6 +39,14 @@ class WatcherPretraining:
     seed: int = 0
     save_every: int = 100
 
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is 'fp32' or 'bf16', got {self.precision!r}")
+        if min(self.steps, self.pairs, self.frames) < 1:
+            raise ValueError(
+                f"steps, pairs and frames must be 1 or more, got {self.steps}, {self.pairs}, {self.frames}"
+            )
+
 
 def new_words(known: set[str], frames: int) -> list[str]:
     """Pieces of the prompts and reasoning of pairs that a vocabulary lacks, sorted."""

@@ -124,6 +124,8 @@ def test_the_watcher_spells_every_prompt_and_thought_and_keeps_what_it_knew(watc
             ids = words(text, add_special_tokens=False)["input_ids"]
             assert words.unk_token_id not in ids
             assert words.decode(ids).replace(" ", "") == text.replace(" ", "")
+    with pytest.raises(ValueError, match="precision is 'fp32' or 'bf16', got 'fp16'"):
+        WatcherPretraining(precision="fp16")
     with pytest.raises(ValueError, match=r"was begun with other settings of \['pairs'\]"):
         pretrain_watcher(
             WatcherPretraining(start=str(ROOT / "assets/lab/captioner"), pairs=2), watcher.parent

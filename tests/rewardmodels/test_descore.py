@@ -32,6 +32,7 @@ from mmalign.descore_training import (
     length_reward,
     likely,
     look,
+    parts,
     preference_loss,
     read_pairs,
     roll,
@@ -442,14 +443,14 @@ def test_thoughts_on_one_video_are_compared_with_each_other(cold, pairs_folder):
     assert reward.std() > 0
     wanted = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, correction=0, keepdim=True) + 1e-4)
     assert torch.allclose(rolled.advantage.reshape(4, 4), wanted, atol=1e-4)
-    assert rolled.take(1, 1).thoughts == rolled.thoughts[8:]
+    assert rolled.take(slice(1, 2)).thoughts == rolled.thoughts[8:]
 
 
 def test_before_the_first_update_the_ratio_is_one_and_nothing_pulls(cold, pairs_folder):
     _, _, folder = cold
     dual = DualRL(rollouts=4, length_step=5, kl=0.1)
     student, rolled = rolled_of(folder, pairs_folder, dual)
-    _, measures = dual_loss(student.judge, rolled, rolled.old, dual)
+    _, measures = dual_loss(student.judge, rolled, rolled.old, dual, rolled)
     assert measures["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert measures["kl"] == pytest.approx(0.0, abs=1e-6)
 
@@ -461,7 +462,7 @@ def test_the_head_learns_by_the_preference_alone_with_its_weight(cold, pairs_fol
     student, rolled = rolled_of(folder, pairs_folder, dual)
     judge, states = student.judge, []
     hook = judge.head.register_forward_hook(lambda module, given, out: states.append(given[0].detach()))
-    loss, _ = dual_loss(judge, rolled, rolled.old, dual)
+    loss, _ = dual_loss(judge, rolled, rolled.old, dual, rolled)
     hook.remove()
     loss.backward()
     chosen, rejected = states[0].reshape(2, 2, 4, -1).unbind(1)
@@ -475,13 +476,80 @@ def test_a_step_makes_better_thoughts_likelier(cold, pairs_folder):
     dual = DualRL(rollouts=8, length_step=5, weight=0.0, kl=0.0)
     student, rolled = rolled_of(folder, pairs_folder, dual)
     optimizer = torch.optim.SGD(student.learned, 0.05)
-    loss, _ = dual_loss(student.judge, rolled, None, dual)
+    loss, _ = dual_loss(student.judge, rolled, None, dual, rolled)
     loss.backward()
     optimizer.step()
     with torch.no_grad():
         now, _ = likely(student.judge, rolled.asked, rolled.thoughts, rolled.token)
     gained = (torch.where(rolled.mask, now - rolled.old, 0.0) * rolled.advantage[:, None]).sum()
     assert gained > 0
+
+
+def gradients(student: Student) -> list[Tensor]:
+    found = [p.grad for p in student.learned]
+    for p in student.learned:
+        p.grad = None
+    return found
+
+
+def test_parts_of_a_batch_have_its_gradient(models, cold, pairs_folder):
+    """Pairs of unlike length, with a tie, in parts of one and of all."""
+    pairs, runs = read_pairs(pairs_folder), []
+    for chunk in (1, 4):
+        student, rows = student_of(models["Llava"]), []
+        cold_start(student, pairs, ColdStart(steps=3, batch=4, lr=1e-2, chunk=chunk), rows.append)
+        runs.append((student, rows))
+    for a, b in zip(*(student.learned for student, _ in runs), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    assert runs[0][1][0] == pytest.approx(runs[1][1][0], abs=1e-4)
+    dual = DualRL(rollouts=4, length_step=5, kl=0.1)
+    student = Student.load(cold[2])
+    rolled = roll(student, [pairs[0], pairs[2]], dual, seed=5)
+    dual_loss(student.judge, rolled, rolled.old, dual, rolled)[0].backward()
+    wanted = gradients(student)
+    for part in parts(2, 1):
+        some = rolled.take(part)
+        dual_loss(student.judge, some, some.old, dual, rolled)[0].backward()
+    for a, b in zip(gradients(student), wanted, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_layers_that_are_computed_twice_have_the_same_gradient(judge, models):
+    """And the same thoughts: what is drawn keeps its cache."""
+    given = [judge.spell(THOUGHT), ()]
+    student = Student(Thinker(judge.settings), rank=2, alpha=4)
+    for name, p in student.adapter.items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(0))
+    own, question, calls = student.judge, asked(judge, videos()), []
+    layer = next(part for name, part in own.network.named_modules() if name.endswith("q_proj.lora_A.default"))
+    layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+
+    def step() -> tuple[list[Tensor], int]:
+        calls.clear()
+        own.read(question, given).score.square().sum().backward()
+        return gradients(student), len(calls)
+
+    plain, once = step()
+    thoughts = own.think(question, 1.0, 3)
+    own.checkpoint_gradients()
+    again, twice = step()
+    assert (once, twice) == (1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert own.think(question, 1.0, 3) == thoughts
+    assert not own.network.training
+
+
+def test_a_frozen_base_in_bf16_has_adapters_and_a_head_in_fp32(models, cold, pairs_folder):
+    student = Student(Thinker(settings(models["Llava"]), "bf16"), rank=4, alpha=8)
+    assert student.judge.network.dtype == torch.bfloat16
+    assert {p.dtype for p in student.learned} == {torch.float32}
+    rows: list[dict[str, float]] = []
+    cold_start(student, read_pairs(pairs_folder), ColdStart(steps=20, batch=4, lr=1e-2), rows.append)
+    assert rows[-1]["loss"] < 0.3 < rows[0]["loss"]
+    whole, half = (Student.load(cold[2], precision=precision) for precision in ("fp32", "bf16"))
+    assert score(half.judge, [THOUGHT, ""]) == pytest.approx(score(whole.judge, [THOUGHT, ""]), abs=0.1)
+    assert score(half.judge, [THOUGHT, ""]) != score(whole.judge, [THOUGHT, ""])
 
 
 def test_dual_rl_earns_more(cold, pairs_folder):
