@@ -68,6 +68,21 @@ MODELS = {
         "text to image",
         "prompts as they are (`use_pe=False`; `policy.leave_out: [pe]` saves the memory)",
     ),
+    "Ideogram4Pipeline": (
+        "Ideogram 4",
+        "text to image",
+        "guided by a second network, which is not trained; one guidance for all steps",
+    ),
+    "NucleusMoEImagePipeline": (
+        "Nucleus-Image",
+        "text to image",
+        "a mixture of experts; its LoRA as of Ovis-Image",
+    ),
+    "LuminaPipeline": (
+        "Lumina-Next",
+        "text to image",
+        "three channels are guided; its LoRA as of PixArt-alpha",
+    ),
     "KolorsPipeline": ("Kolors", "text to image", "predicts noise; sampled by DDIM"),
     "HiDreamImagePipeline": (
         "HiDream-I1",
@@ -114,6 +129,47 @@ RECIPES = {
     "ZImagePipeline": ("z_image_nft",),
     "WanPipeline": ("wan21_flow_grpo", "wan22_nft"),
     "HunyuanVideoPipeline": ("hunyuan_dance_grpo",),
+}
+
+# Text-to-image pipelines of diffusers 0.42 that cannot be trained here, most used first, and why.
+# Those of a model above with a further input or another guidance (ControlNet, PAG, ...) are left out.
+ABSENT = {
+    "consistency models, which predict the end of the way at once: a step of theirs is none of an ODE": (
+        "LatentConsistencyModelPipeline",
+        "SanaSprintPipeline",
+    ),
+    "several models in a row, each with noise of its own, and a policy is one network": (
+        "StableCascadeCombinedPipeline",
+        "KandinskyV22CombinedPipeline",
+        "KandinskyCombinedPipeline",
+        "IFPipeline",
+        "WuerstchenCombinedPipeline",
+        "StableUnCLIPPipeline",
+        "UnCLIPPipeline",
+    ),
+    "tokens of the picture are drawn, before its latent or in its place": (
+        "GlmImagePipeline",
+        "AmusedPipeline",
+        "VQDiffusionPipeline",
+    ),
+    "the class of its text encoder is not found by its loader beside transformers 5": ("PRXPipeline",),
+    "it cannot be made without cosmos_guardrail, which mmalign does not ask for": (
+        "Cosmos2TextToImagePipeline",
+    ),
+    "its network rounds queries and keys to bfloat16 whatever its precision; pictures are compared to 1e-5": (
+        "Kandinsky5T2IPipeline",
+    ),
+    "no adapter yet": (
+        "Kandinsky3Pipeline",
+        "BriaPipeline",
+        "BriaFiboPipeline",
+        "BriaFibo2Pipeline",
+        "PRXPixelPipeline",
+        "ZImageOmniPipeline",
+        "OmniGenPipeline",
+        "DreamLitePipeline",
+        "LDMTextToImagePipeline",
+    ),
 }
 
 HEAD = """
@@ -183,6 +239,9 @@ def _lines() -> Iterator[str]:
             f"| {models} | {task} | `{pipeline}` | {adapter} | {particular} | `tests/pipelines/{test}.py` "
             f"| {recipes or '–'} |"
         )
+    yield from ("", "Text-to-image pipelines of diffusers 0.42 without an adapter, and why:", "")
+    for reason, pipelines in ABSENT.items():
+        yield f"- {', '.join(f'`{pipeline}`' for pipeline in pipelines)}: {reason}."
 
 
 if __name__ == "__main__":

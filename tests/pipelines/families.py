@@ -478,14 +478,7 @@ def hunyuan_dit() -> Any:
         scheduler=diffusers.DDPMScheduler(
             prediction_type="v_prediction", timestep_spacing="leading", clip_sample=False
         ),
-        vae=diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(4, 4, 4, 8),
-            layers_per_block=1,
-            norm_num_groups=2,
-            scaling_factor=0.7,
-        ),
+        vae=eightfold_vae(),
         text_encoder=BertModel(
             BertConfig(
                 vocab_size=len(tokens),
@@ -617,6 +610,118 @@ def ernie_image() -> Any:
         vae=flux2_vae(),
         text_encoder=transformers.Mistral3Model(mistral3(tokens, 2)),
         tokenizer=tokens,
+    )
+
+
+# ---- Ideogram 4, Lumina-Next, Nucleus-Image
+
+
+def ideogram4() -> Any:
+    import diffusers
+
+    tokens = words_tokenizer()
+
+    def network() -> Any:
+        return diffusers.Ideogram4Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            intermediate_size=16,
+            adaln_dim=16,
+            llm_features_dim=13 * 16,
+            mrope_section=(4, 2, 2),
+        )
+
+    return diffusers.Ideogram4Pipeline(
+        scheduler=flow(),
+        vae=flux2_vae(),
+        text_encoder=qwen3_vl("Qwen3VLModel", tokens, 36),
+        tokenizer=tokens,
+        transformer=network(),
+        unconditional_transformer=network(),
+    )
+
+
+def begun_below(pipeline: Any, noise: Tensor, pictures: list[Any], settings: PolicySettings) -> Tensor:
+    """Its schedule begins a little below 1, and a flow with as much noise as there is there."""
+    from diffusers.pipelines.ideogram4 import pipeline_ideogram4 as plain
+
+    mu = plain._resolution_aware_mu(settings.height, settings.width, 0.0)
+    pipeline.scheduler.set_timesteps(sigmas=plain._logit_normal_sigmas(1, mu, std=1.5).tolist())
+    first = pipeline.scheduler.sigmas[0]
+    return noise * torch.hypot(first, 1 - first)
+
+
+def lumina() -> Any:
+    from diffusers import LuminaNextDiT2DModel, LuminaPipeline
+
+    tokens = marked_tokenizer()
+    network = LuminaNextDiT2DModel(
+        sample_size=16,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=2,
+        cross_attention_dim=16,
+    )
+    torch.nn.init.zeros_(network.pad_token)  # that nothing sees, and that is left as memory was
+    torch.nn.init.normal_(network.layers[0].gate)  # that begins with 0
+    return LuminaPipeline(
+        transformer=network,
+        scheduler=flow(shift=2.0),
+        vae=eightfold_vae(),
+        text_encoder=gemma(tokens),
+        tokenizer=tokens,
+    )
+
+
+def eightfold_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+    )
+
+
+def nucleus_image() -> Any:
+    import diffusers
+    from diffusers.pipelines.nucleusmoe_image import pipeline_nucleusmoe_image as plain
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tokens = words_tokenizer(known=plain.DEFAULT_SYSTEM_PROMPT)
+    network = diffusers.NucleusMoEImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 2, 2),
+        mlp_ratio=2.0,
+        dense_moe_strategy="all_moe",
+        num_experts=4,
+        moe_intermediate_dim=16,
+        capacity_factors=2.0,
+    )
+    for name, weights in network.named_parameters():
+        if ".experts." in name:  # that are left as memory was
+            torch.nn.init.normal_(weights, 0.0, 0.2)
+    return diffusers.NucleusMoEImagePipeline(
+        transformer=network,
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=qwen_vae(),
+        text_encoder=qwen3_vl("Qwen3VLForConditionalGeneration", tokens, 8),
+        processor=Qwen3VLProcessor(
+            Qwen2VLImageProcessor(), tokens, Qwen3VLVideoProcessor(), chat_template=CHAT
+        ),
     )
 
 
@@ -1501,6 +1606,24 @@ FAMILIES = {
     "CogView3PlusPipeline": Row(cogview3, call_scale, takes_length=False, peft_lora=True),
     "ErnieImagePipeline": Row(
         ernie_image, lambda s: {"guidance_scale": s.guidance, "use_pe": False}, takes_length=False
+    ),
+    "Ideogram4Pipeline": Row(
+        ideogram4,
+        lambda s: {"guidance_scale": s.guidance, "guidance_schedule": None},
+        {"max_sequence_length": 48},
+        latents=lambda x: x.flatten(2).transpose(1, 2),
+        begun=begun_below,
+        negative=False,
+    ),
+    "LuminaPipeline": Row(
+        lumina,
+        lambda s: {"guidance_scale": s.guidance, "clean_caption": False},
+        size=(64, 96),
+        takes_length=False,
+        peft_lora=True,
+    ),
+    "NucleusMoEImagePipeline": Row(
+        nucleus_image, call_scale, {"max_sequence_length": 200}, latents=pack, loads_lora=False
     ),
     "KolorsPipeline": Row(kolors, call_scale, takes_length=False, prepare=by_ddim),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import sys
 import types
 from dataclasses import replace
@@ -239,6 +240,21 @@ def test_the_page_on_models_is_current():
     assert set(catalog.MODELS) == set(ADAPTERS)
     page = Path(__file__).parents[2] / "docs" / "models.md"
     assert page.read_text() == catalog.markdown()
+
+
+def test_every_text_to_image_pipeline_has_an_adapter_or_a_reason():
+    import diffusers
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
+    if not diffusers.__version__.startswith("0.42."):
+        pytest.skip("the page speaks of diffusers 0.42")
+    absent = [name for names in catalog.ABSENT.values() for name in names]
+    assert len(set(absent)) == len(absent)
+    assert all(hasattr(diffusers, name) for name in absent)
+    assert not set(absent) & set(ADAPTERS)
+    known = {kind.__name__ for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    variants = {name for name in known if re.search("Control|PAG|Helios", name)}
+    assert known - variants <= set(absent) | set(ADAPTERS)
 
 
 def test_a_multistep_solver_gives_way_to_euler_steps_on_its_sigmas(world):
