@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmalign.assembly import Run, assemble, device_name
 from mmalign.config import RunConfig
 from mmalign.contracts import LearnedReward, PairwiseReward, RewardModel
+from mmalign.health import Clock
 from mmalign.pipelines.captioner import CaptionPolicy
 from mmalign.planning import Live
 from mmalign.records import Outcome, Plan, RewardSignal
@@ -75,15 +76,26 @@ class TimedReward:
 
 
 class Delayed:
-    """A reward that takes a given time for each sample, most of it waiting, as for a server."""
+    """A reward that takes as long as sampling does, most of it waiting, as for a server.
 
-    def __init__(self, reward: RewardModel, seconds: float) -> None:
-        self.name, self._reward, self._seconds = reward.name, reward, seconds
+    pace: seconds a sample. None: all samples are drawn before it is asked, and the clock tells how long that
+    took.
+    """
+
+    def __init__(self, reward: RewardModel, clock: Clock) -> None:
+        self.name, self._reward, self._clock = reward.name, reward, clock
+        self.pace: float | None = None
+        self.judged = 0  # samples
 
     def __call__(self, outcome: Outcome) -> RewardSignal:
-        began = perf_counter()
+        began, spent = perf_counter(), self._clock.seconds
+        # Under several plans it is asked after each: earlier ones have been waited for.
+        due = spent["sample"] - spent.get("reward", 0.0)
+        if self.pace is not None:
+            due = self.pace * len(outcome.prompts)
         signal = self._reward(outcome)
-        sleep(max(0.0, self._seconds * len(outcome.prompts) - (perf_counter() - began)))
+        self.judged += len(outcome.prompts)
+        sleep(max(0.0, due - (perf_counter() - began)))
         return signal
 
 
@@ -156,39 +168,44 @@ def measure(config: RunConfig, iterations: int = 4, warmup: int = 1) -> dict[str
 def measure_overlap(config: RunConfig, parts: int, iterations: int = 4, warmup: int = 1) -> dict[str, Any]:
     """An iteration whose reward takes as long as sampling: judged at the end, and while more is drawn.
 
-    Both ways take turns in one run, after `warmup` iterations that tell how long sampling takes; writes no
-    file.
+    Both ways take turns in one run, after `warmup` turns, and the reward's pace is that of the sampling of
+    the same turn: a machine that is busy with other things now and then slows down all three. Writes no file.
     """
     training = replace(config.training, iterations=10**6, save_every=0, noise_floor="warn", overlap=1)
     run = assemble(replace(config, training=training), write=False)
     trainer, samples = run.trainer, config.prompts.per_iteration * config.prompts.group
-    for iteration in range(warmup + 1):
+    first, *others = (reward for reward in trainer.scorer.rewards if not isinstance(reward, PairwiseReward))
+    delayed = Delayed(first, trainer.clock)
+    trainer.scorer.rewards = [delayed, *others]
+
+    def lap(iteration: int, overlap: int) -> dict[str, float]:
+        trainer.settings = replace(training, overlap=overlap)
         trainer.clock.lap()
         trainer.step(iteration)
-    sampling = trainer.clock.lap()["sample"]
-    first, *others = (reward for reward in trainer.scorer.rewards if not isinstance(reward, PairwiseReward))
-    trainer.scorer.rewards = [Delayed(first, sampling * run.distributed.world / samples), *others]
-    seconds: dict[int, list[dict[str, float]]] = {1: [], parts: []}
-    for iteration in range(warmup + 1, warmup + 1 + iterations):
-        for overlap, laps in seconds.items():
-            trainer.settings = replace(training, overlap=overlap)
-            trainer.clock.lap()
-            trainer.step(iteration)
-            laps.append(trainer.clock.lap())
+        return trainer.clock.lap()
+
+    turns: list[tuple[dict[str, float], dict[str, float]]] = []
+    for iteration in range(warmup + iterations):
+        delayed.pace, delayed.judged = None, 0
+        blocking = lap(iteration, 1)
+        delayed.pace = blocking["sample"] / delayed.judged
+        turns.append((blocking, lap(iteration, parts)))
     run.distributed.close()
-    means = {
-        overlap: {name: sum(lap.get(name, 0.0) for lap in laps) / iterations for name in laps[0]}
-        for overlap, laps in seconds.items()
-    }
+    turns = turns[warmup:]
+    blocking, overlapped = (
+        {name: sum(one[name] for one in way) / iterations for name in way[0]}
+        for way in zip(*turns, strict=True)
+    )
     return {
         "recipe": config.run.dir.rpartition("/")[2],
         "device": device_name(run.distributed.device),
         "parts": parts,
         "iterations": iterations,
         "samples": samples,
-        "blocking": means[1],
-        "overlapped": means[parts],
-        "share": means[parts]["iteration"] / means[1]["iteration"],
+        "blocking": blocking,
+        "overlapped": overlapped,
+        "share": overlapped["iteration"] / blocking["iteration"],
+        "shares": [own["iteration"] / whole["iteration"] for whole, own in turns],
     }
 
 
@@ -370,7 +387,10 @@ def print_overlap(result: dict[str, Any]) -> None:
         column.justify = "right"
     for name, seconds in result["blocking"].items():
         table.add_row(name, f"{seconds:.3f} s", f"{result['overlapped'].get(name, 0.0):.3f} s")
-    table.caption = f"{result['share']:.2f} of the blocking iteration"
+    least, most = min(result["shares"]), max(result["shares"])
+    table.caption = (
+        f"{result['share']:.3f} of the blocking iteration; {least:.3f} to {most:.3f} in single turns"
+    )
     Console().print(table)
 
 

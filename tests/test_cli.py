@@ -409,6 +409,20 @@ def test_the_benchmark_accounts_for_every_second(tmp_path, capsys):
     assert "outside model, VAE, reward" in capsys.readouterr().out
 
 
+def test_both_ways_to_wait_for_a_reward_are_measured(tmp_path, capsys):
+    out = tmp_path / "overlap.json"
+    more = ["--overlap", "2", "--iterations", "2", "--warmup", "0", "--json", str(out)]
+    assert main(["benchmark", "--recipe", "lab_flow_grpo", *more, *small(tmp_path / "run")]) == 0
+    found = json.loads(out.read_text())
+    blocking, overlapped = found["blocking"], found["overlapped"]
+    assert blocking["iteration"] > 2 * blocking["sample"]  # judging takes as long, and comes after it
+    assert overlapped["iteration"] > blocking["sample"]  # as it takes as long here, in all parts together
+    assert found["share"] == pytest.approx(overlapped["iteration"] / blocking["iteration"])
+    assert len(found["shares"]) == 2
+    assert min(found["shares"]) <= found["share"] <= max(found["shares"])
+    assert "of the blocking iteration" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_memory_is_measured_over_the_number_of_steps(tmp_path, capsys):
     out = tmp_path / "steps.json"

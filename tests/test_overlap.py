@@ -10,10 +10,12 @@ import torch
 from ranks import Brighter, Patchy
 from toys import Brightness, Notes, Redness, ToyFlow, names, source
 
+from mmalign import benchmark
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.algorithms.pref_grpo import PrefGRPO
+from mmalign.health import Clock
 from mmalign.overlap import joined, parts_of
 from mmalign.records import Outcome, Plan, RewardSignal
 from mmalign.scoring import RewardError, Scorer
@@ -113,3 +115,19 @@ def test_samples_of_different_lengths_are_refused():
     other = policy.sample(names(1, 2), Plan(4, (0,)), (0, "a"))
     with pytest.raises(TypeError, match=r"training\.overlap=1"):
         joined([one, other])
+
+
+def test_the_benchmark_waits_as_long_as_was_sampled(monkeypatch):
+    slept = []
+    monkeypatch.setattr(benchmark, "sleep", slept.append)
+    monkeypatch.setattr(benchmark, "perf_counter", lambda: 0.0)
+    outcome = ToyFlow().sample(names(2, 2), Plan(4), (0, "a")).outcome
+    reward = benchmark.Delayed(Redness(), clock := Clock(torch.device("cpu")))
+    clock.seconds = {"sample": 8.0}
+    reward(outcome)
+    clock.seconds = {"sample": 11.0, "reward": 8.0}  # a second plan, after the first has been judged
+    reward(outcome)
+    reward.pace = 0.5
+    reward(outcome)
+    assert slept == [8.0, 3.0, 2.0]
+    assert reward.judged == 12
