@@ -121,9 +121,9 @@ def _side(row: Mapping[str, object], folder: Path) -> Side:
     if why := missing_video(str(place)):
         raise ValueError(why)
     scores = row.get("scores", {})
-    if not isinstance(scores, dict):
-        raise ValueError("scores must be a number for each dimension")
-    return Side(Clip(str(place)), str(row.get("reasoning", "")), {k: int(v) for k, v in scores.items()})
+    if not isinstance(scores, dict) or any(type(score) is not int for score in scores.values()):
+        raise ValueError(f"scores must be a whole number for each dimension, got {scores}")
+    return Side(Clip(str(place)), str(row.get("reasoning", "")), scores)
 
 
 # ---- formulas
@@ -592,7 +592,7 @@ class Judgement:
 
 @torch.no_grad()
 def judged(judge: Thinker, pairs: Sequence[Pair], batch: int = 16) -> list[tuple[Judgement, Judgement]]:
-    """Greedy thoughts on both videos of each pair, and the raw scores."""
+    """Greedy thoughts on both videos of each pair, and the raw scores; batch: videos at once."""
     rows: list[Judgement] = []
     sides = [(pair.prompt, side.video) for pair in pairs for side in pair.sides]
     for first in range(0, len(sides), batch):
@@ -604,9 +604,9 @@ def judged(judge: Thinker, pairs: Sequence[Pair], batch: int = 16) -> list[tuple
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-def calibrated(judge: Thinker, pairs: Sequence[Pair]) -> None:
+def calibrated(judge: Thinker, pairs: Sequence[Pair], batch: int = 16) -> None:
     """Measures the mean and deviation of both kinds of score, by which the reward standardizes."""
-    found = [one for both in judged(judge, pairs) for one in both]
+    found = [one for both in judged(judge, pairs, batch) for one in both]
     scale = tuple(
         (float(np.mean(values)), max(float(np.std(values)), 1e-6))
         for values in ([one.thought for one in found], [one.direct for one in found])
@@ -614,7 +614,7 @@ def calibrated(judge: Thinker, pairs: Sequence[Pair]) -> None:
     judge.settings = replace(judge.settings, scale=(scale[0], scale[1]))
 
 
-def evaluated(judge: Thinker, pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+def evaluated(judge: Thinker, pairs: Sequence[Pair], batch: int = 16) -> dict[str, dict[str, float]]:
     """Shares of pairs in which the chosen video scores higher, by kind and in all; ties are left out.
 
     thought, direct: by the head with and without reasoning. words: by the sum of the scores that the thoughts
@@ -622,7 +622,7 @@ def evaluated(judge: Thinker, pairs: Sequence[Pair]) -> dict[str, dict[str, floa
     name any. Without a kind there is but "all".
     """
     rows: dict[str, list[tuple[float, ...]]] = {}
-    for pair, (chosen, rejected) in zip(pairs, judged(judge, pairs), strict=True):
+    for pair, (chosen, rejected) in zip(pairs, judged(judge, pairs, batch), strict=True):
         if pair.tie:
             continue
         said = [answer_of(one.text) or {} for one in (chosen, rejected)]

@@ -46,6 +46,7 @@ from mmalign.lab.clip_pairs import Judged, draw_pair, looked_at, reason
 from mmalign.lab.clips import render_clip
 from mmalign.lab.pretrain_watcher import WatcherPretraining, pretrain_watcher
 from mmalign.lab.scenes import CANVAS
+from mmalign.rewardmodels.clip import DTYPES
 from mmalign.rewardmodels.descore import Thinker, ThinkerSettings
 
 STAGES = {1: ColdStart, 2: DualRL}
@@ -85,6 +86,8 @@ def arguments() -> argparse.Namespace:
     part.add_argument("--weights", required=True, help="what train wrote")
     part.add_argument("--model", help="what it was trained from, if it lies elsewhere now")
     part.add_argument("--pairs", type=Path, required=True)
+    part.add_argument("--precision", choices=DTYPES, default="fp32", help="of the network (fp32)")
+    part.add_argument("--batch", type=int, default=16, help="videos at once (16)")
     part.add_argument("--device", default="cpu")
     part.add_argument("--json", type=Path, help="write the figures there")
     return parser.parse_args()
@@ -178,15 +181,18 @@ def train(options: argparse.Namespace) -> None:
 
         (cold_start if options.stage == 1 else dual_rl)(student, found, settings, log, options.out)
     bar.close()
-    calibrated(student.judge, found[: options.calibrate])
+    calibrated(student.judge, found[: options.calibrate], 2 * settings.chunk)
     student.save(options.out)
     print(f"{options.out}: mean and deviation {student.judge.settings.scale}")
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Prints how good a judge is."""
-    judge = Thinker.load(options.weights, options.model).to(options.device)
-    found = evaluated(judge, read_pairs(options.pairs))
+    if options.batch < 1:
+        raise ValueError(f"--batch must be 1 or more videos, got {options.batch}")
+    asked = read_pairs(options.pairs)
+    judge = Thinker.load(options.weights, options.model, options.precision).to(options.device)
+    found = evaluated(judge, asked, options.batch)
     names = list(found["all"])
     print("| kind | " + " | ".join(names) + " |\n|---|" + "---:|" * len(names))
     for kind, row in found.items():

@@ -35,7 +35,7 @@ def test_from_a_captioner_to_a_judge_of_videos(descore, tmp_path, capsys):
     dual = ("--batch", 2, "--rollouts", 2, "--minibatch", 1)
     descore("train", "--stage", 2, "--start", "cold", "--out", "dual", *common, *dual)
     assert {"reward", "accuracy", "preference", "kl"} <= json.loads(Path("dual/log.jsonl").read_text()).keys()
-    descore("evaluate", "--weights", "dual", "--pairs", "pairs", "--json", "found.json")
+    descore("evaluate", "--weights", "dual", "--pairs", "pairs", "--json", "found.json", "--batch", 3)
     found = json.loads(Path("found.json").read_text())
     assert found["all"]["pairs"] == sum(not json.loads(line)["tie"] for line in lines)
     assert "| all |" in capsys.readouterr().out

@@ -569,6 +569,11 @@ def test_pairs_that_cannot_be_read_are_named(tmp_path, models):
     )
     with pytest.raises(ValueError, match=r"pairs.jsonl:1: needs a prompt.*there is no video"):
         read_pairs(tmp_path)
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    side = {"video": ".", "scores": {"appearance": 0.7}}
+    (tmp_path / PAIRS).write_text(json.dumps({"prompt": "a", "chosen": side, "rejected": side}))
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: .*a whole number for each dimension, got .*0\.7"):
+        read_pairs(tmp_path)
     with pytest.raises(ValueError, match=r"hide and warmup lie in 0\.\.1, got 2"):
         ColdStart(hide=2)
     with pytest.raises(ValueError, match="rollouts are compared with each other: 2 or more, got 1"):
