@@ -1,14 +1,17 @@
-"""Trains the toy in several ways and keeps what came out; run as a script it is one of several processes."""
+"""Trains in several ways and keeps what came out; run as a script it is one of several processes."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from known import TWO, Judge, policy_of
 from known import source as known_source
+from runs import ROOT
 from torch import Tensor
 from toys import Brightness, Notes, Redness, ToyFlow, source
 from words import Claims, Rubric, ToyWriter, Truth, pictures
@@ -32,13 +35,16 @@ from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.algorithms.g2rpo import G2RPO
 from mmalign.algorithms.gardo import GARDO
+from mmalign.algorithms.grpo import GRPO
 from mmalign.algorithms.grpo_guard import GRPOGuard
 from mmalign.algorithms.igpo import IGPO
+from mmalign.algorithms.lirefl import LIReFL
 from mmalign.algorithms.mix_grpo import MixGRPO
 from mmalign.algorithms.pow3r import POW3R
 from mmalign.algorithms.pref_grpo import PrefGRPO
 from mmalign.algorithms.refl import ReFL
 from mmalign.algorithms.sage_grpo import SAGEGRPO
+from mmalign.algorithms.sft import SFT
 from mmalign.algorithms.srpo import SRPO
 from mmalign.algorithms.tempflow_grpo import TempFlowGRPO
 from mmalign.algorithms.trajectory_balance import TrajectoryBalance
@@ -47,12 +53,17 @@ from mmalign.algorithms.tw_grpo import TWGRPO
 from mmalign.assembly import composed
 from mmalign.composition import Composer
 from mmalign.compositions import GDPO, MARBLE, Constrained, Limit, Ordered
-from mmalign.contracts import Policy
+from mmalign.contracts import LoraSettings, Policy, PolicySettings
+from mmalign.data import Prompt, PromptSource, read_prompts
 from mmalign.distributed import Distributed
+from mmalign.pipelines import CaptionPolicy, load
+from mmalign.pipelines.flow import FlowPolicy
 from mmalign.records import Outcome, Prompts, Renoise, RewardSignal
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
 from mmalign.trainer import Trainer, TrainingSettings
+
+LAB = ROOT / "assets/lab"
 
 
 class Patchy(Brightness):
@@ -231,11 +242,15 @@ WRITING = {
     },
     "criteria that teach": {"algorithm": POW3R(), "reward": Rubric(), "groups": 1, "updates": 1},
     "sentences": {"algorithm": IGPO(gamma=0.7), "reward": Claims(True), "groups": 1, "updates": 1},
+    "words alone": {"algorithm": GRPO(kl=0.1), "reward": Claims()},
 }
+GIVEN = {"lirefl": LIReFL(steps=3, reward_weight=1.0), "sft": SFT()}
 
 
-def writing(scenario: str, distributed: Distributed) -> dict[str, Any]:
-    """Three iterations of a method for texts, with the groups whole or split."""
+def writing(
+    scenario: str, distributed: Distributed, folder: Path | None = None, iterations: int = 3
+) -> dict[str, Any]:
+    """Some iterations of a method for texts, with the groups whole or split."""
     given = WRITING[scenario]
     rewards = [given["reward"]]
     if isinstance(given["algorithm"], TrustGRPO):
@@ -243,54 +258,102 @@ def writing(scenario: str, distributed: Distributed) -> dict[str, Any]:
     algorithm = given["algorithm"].build({reward.name: 1.0 for reward in rewards})
     policy, notes = ToyWriter(), Notes()
     settings = TrainingSettings(
-        iterations=3, learning_rate=1e-2, batch=5, updates=given.get("updates", 2), max_missing=1.0
+        iterations, learning_rate=1e-2, batch=5, updates=given.get("updates", 2), max_missing=1.0
     )
     prompts = pictures(given.get("groups", 2), 6)
-    Trainer(policy, algorithm, Scorer(rewards, 1.0), prompts, settings, distributed, notes).run()
+    Trainer(policy, algorithm, Scorer(rewards, 1.0), prompts, settings, distributed, notes, folder).run()
     return kept(policy, notes, distributed)
 
 
-def tiny(folder: Path, distributed: Distributed) -> dict[str, Any]:
-    """Three iterations of a real pipeline with random weights, by LoRA."""
-    from mmalign.contracts import LoraSettings, PolicySettings
-    from mmalign.data import Prompt, PromptSource
-    from mmalign.pipelines import load
-
-    settings = PolicySettings(str(folder), max_sequence_length=16, lora=LoraSettings(rank=4, alpha=8))
-    policy, notes = load(settings, FAST.noise, distributed.device), Notes()
+def tiny(
+    pipeline: Path, distributed: Distributed, folder: Path | None = None, iterations: int = 3
+) -> dict[str, Any]:
+    """Some iterations of a real pipeline with random weights, by LoRA."""
+    policy, notes = small(pipeline, FAST.noise, distributed), Notes()
     prompts = PromptSource([Prompt("a red cat"), Prompt("two dogs"), Prompt("a blue hat")], 3, 4, 0)
     algorithm, scorer = FAST.build({"brightness": 1.0}), Scorer([Brightness()])
-    training = TrainingSettings(iterations=3, learning_rate=1e-3, batch=5, updates=1, noise_floor="warn")
-    Trainer(policy, algorithm, scorer, prompts, training, distributed, notes).run()
+    settings = TrainingSettings(iterations, learning_rate=1e-3, batch=5, updates=1, noise_floor="warn")
+    Trainer(policy, algorithm, scorer, prompts, settings, distributed, notes, folder).run()
     return kept(policy, notes, distributed)
 
 
-def through(method: str, distributed: Distributed) -> dict[str, Any]:
-    """Three iterations of a method that differentiates through its reward, on a mixture of Gaussians."""
+def small(model: Path, noise: Noise, distributed: Distributed) -> FlowPolicy | CaptionPolicy:
+    settings = PolicySettings(str(model), max_sequence_length=16, lora=LoraSettings(rank=4, alpha=8))
+    return load(settings, noise, distributed.device)
+
+
+class Length:
+    """How long a text is."""
+
+    name = "length"
+
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        return RewardSignal(self.name, torch.tensor([[float(len(text))] for text in outcome.media]))
+
+
+class OfLatents(Brightness):
+    """The mean of a picture, or of a noisy latent."""
+
+    def on_latents(self, prompts: Prompts, z: Tensor, sigma: Tensor) -> Tensor:
+        return z.flatten(1).mean(1)
+
+
+def given(
+    method: str, pipeline: Path, distributed: Distributed, folder: Path | None = None, iterations: int = 3
+) -> dict[str, Any]:
+    """Some iterations of a method whose samples the prompts bring: pictures to draw, or texts to write."""
+    model, reward = (LAB / "captioner", Length()) if method == "sft" else (pipeline, OfLatents())
+    algorithm = GIVEN[method].build({reward.name: 1.0})
+    policy, notes = small(model, algorithm.noise, distributed), Notes()
+    prompts = PromptSource(read_prompts(LAB / "captions/validation.jsonl")[:6], 6, 1, 0)
+    settings = TrainingSettings(iterations, learning_rate=1e-3, batch=4, updates=1)
+    Trainer(policy, algorithm, Scorer([reward]), prompts, settings, distributed, notes, folder).run()
+    return kept(policy, notes, distributed)
+
+
+def through(
+    method: str, distributed: Distributed, folder: Path | None = None, iterations: int = 3
+) -> dict[str, Any]:
+    """Some iterations of a method that differentiates through its reward, on a mixture of Gaussians."""
     algorithm = THROUGH[method].build({"value": 1.0})
     policy, notes = policy_of(TWO, algorithm.noise), Notes()
-    settings = TrainingSettings(iterations=3, learning_rate=1e-2, batch=5, updates=2)
-    scorer = Scorer([Judge(lambda x: x[:, 0])])
-    Trainer(policy, algorithm, scorer, known_source(4, groups=4), settings, distributed, notes).run()
+    settings = TrainingSettings(iterations, learning_rate=1e-2, batch=5, updates=2)
+    scorer, prompts = Scorer([Judge(lambda x: x[:, 0])]), known_source(4, groups=4)
+    Trainer(policy, algorithm, scorer, prompts, settings, distributed, notes, folder).run()
     return kept(policy, notes, distributed)
 
 
-def train(scenario: str, distributed: Distributed) -> dict[str, Any]:
-    """Three iterations; gives the metrics, the rollouts and the weights."""
-    given = SCENARIOS[scenario]
-    rewards = [Redness(), given.get("reward", Brightness())]
+def train(
+    scenario: str, distributed: Distributed, folder: Path | None = None, iterations: int = 3
+) -> dict[str, Any]:
+    """Some iterations of the toy; gives the metrics, the rollouts and the weights."""
+    return follow(SCENARIOS[scenario], distributed, folder, iterations)
+
+
+def follow(
+    given: dict[str, Any], distributed: Distributed, folder: Path | None = None, iterations: int = 3
+) -> dict[str, Any]:
+    rewards = [given.get("first", Redness()), given.get("reward", Brightness())]
     watched = isinstance(given["algorithm"], GARDO)
     weights = {"redness": {0: 1.0}, "brightness": {0: 0.0 if watched else 0.5}}
     composer = given["composition"].build(weights) if "composition" in given else Composer(weights)
     algorithm = composed(given["algorithm"].build(composer.shares), composer)
     policy, notes = ToyFlow(algorithm.noise), Notes()
     settings = TrainingSettings(
-        iterations=3, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5
+        iterations, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5
     )
-    prompts = source(given["groups"], given["members"])
-    scorer = Scorer(rewards, 0.5)
-    Trainer(policy, algorithm, scorer, prompts, settings, distributed, notes, composer=composer).run()
+    prompts, scorer = source(given["groups"], given["members"]), Scorer(rewards, 0.5)
+    Trainer(policy, algorithm, scorer, prompts, settings, distributed, notes, folder, composer=composer).run()
     return kept(policy, notes, distributed)
+
+
+def every(pipeline: Path) -> dict[str, Callable[..., dict[str, Any]]]:
+    """All ways of training, by name; each takes processes, a folder of checkpoints and iterations."""
+    found: dict[str, Callable[..., dict[str, Any]]] = {name: partial(train, name) for name in SCENARIOS}
+    found |= {name: partial(through, name) for name in THROUGH}
+    found |= {name: partial(writing, name) for name in WRITING}
+    found |= {name: partial(given, name, pipeline) for name in GIVEN}
+    return found | {"tiny": partial(tiny, pipeline)}
 
 
 def kept(policy: Policy, notes: Notes, distributed: Distributed) -> dict[str, Any]:
@@ -318,11 +381,12 @@ def gathered(distributed: Distributed) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    world = Distributed("cpu")
+    world, folder = Distributed("cpu"), Path(sys.argv[1])
     found: dict[str, Any] = {"gathered": gathered(world), "world": world.world, "kind": world.kind}
-    found |= {scenario: train(scenario, world) for scenario in SCENARIOS}
-    found |= {method: through(method, world) for method in THROUGH}
-    found |= {scenario: writing(scenario, world) for scenario in WRITING}
-    found["tiny"] = tiny(Path(sys.argv[2]), world)
-    torch.save(found, Path(sys.argv[1]) / f"rank_{world.rank}.pt")
+    found["stopped"] = {}
+    for name, learn in every(Path(sys.argv[2])).items():
+        found[name] = learn(world)
+        learn(world, folder / name, 1)
+        found["stopped"][name] = learn(world, folder / name)
+    torch.save(found, folder / f"rank_{world.rank}.pt")
     world.close()

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import SCENARIOS, THROUGH, WRITING, gathered, through, tiny, train, writing
+from ranks import GIVEN, SCENARIOS, THROUGH, WRITING, gathered, given, through, tiny, train, writing
 from torch.testing import assert_close
 
+from mmalign.algorithms import ALGORITHMS
 from mmalign.distributed import Distributed
 from mmalign.testing import tiny_sd3
 
@@ -24,6 +25,7 @@ SAME = (
     *("reward/", "groups/", "loss", "grad_norm", "ratio", "kl", "clip", "updates", "samples"),
     *("balance/", "composition/", "value/"),
 )
+CLOCK = ("seconds/", "share/", "memory/")  # metrics that are never the same twice
 pytestmark = pytest.mark.slow
 
 
@@ -57,7 +59,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, pipeline: Path) -> list[dict
         for rank in range(2)
     ]
     try:
-        said = [child.communicate(timeout=600)[1] for child in children]
+        said = [child.communicate(timeout=1200)[1] for child in children]
     finally:
         for child in children:
             child.kill()
@@ -126,6 +128,45 @@ def test_two_processes_learn_to_write_as_one_does(ranks, scenario):
     for name, weight in one["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         assert_close(first["weights"][name], weight, atol=1e-3, rtol=0)  # a step is 1e-2
+
+
+@pytest.mark.parametrize("method", GIVEN)
+def test_two_processes_learn_what_is_given_as_one_does(ranks, pipeline, method):
+    one = given(method, pipeline, Distributed("cpu"))
+    first, second = (found[method] for found in ranks)
+    for name, weight in one["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        assert_close(first["weights"][name], weight, atol=3e-4, rtol=0)  # a step is 1e-3
+    losses = [[metrics["loss"] for metrics in found["metrics"].values()] for found in (one, first)]
+    assert_close(*map(torch.tensor, losses), atol=1e-5, rtol=1e-4)
+
+
+ALL = [*SCENARIOS, *THROUGH, *WRITING, *GIVEN, "tiny"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_two_processes_that_were_stopped_end_bit_for_bit_as_two_that_ran_through(ranks, name):
+    """What a method remembers (windows, trees, old policies, anchors, values) is state of the run."""
+    for found in ranks:
+        through, stopped = found[name], found["stopped"][name]
+        assert through["weights"].keys() == stopped["weights"].keys()
+        for key, weight in through["weights"].items():
+            assert torch.equal(stopped["weights"][key], weight), key
+        assert all(map(torch.equal, through["average"], stopped["average"]))
+    through, stopped = ranks[0][name], ranks[0]["stopped"][name]
+    assert stopped["metrics"].keys() == stopped["rows"].keys() == {1, 2}
+    for step, metrics in stopped["metrics"].items():
+        for key, value in through["metrics"][step].items():
+            if not key.startswith(CLOCK):
+                assert metrics[key] == value, key
+        assert stopped["rows"][step] == through["rows"][step]
+
+
+def test_every_method_is_among_them():
+    tables = [*SCENARIOS.values(), *WRITING.values()]
+    methods = [*(given["algorithm"] for given in tables), *THROUGH.values(), *GIVEN.values()]
+    named = {f"{type(method).__module__}:{type(method).__name__}" for method in methods}
+    assert named == set(ALGORITHMS.values())
 
 
 def test_two_processes_train_a_real_pipeline_as_one_does(ranks, pipeline):
