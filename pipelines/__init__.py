@@ -18,6 +18,8 @@ from mmalign.sde import Noise
 # `_class_name` of model_index.json -> adapter
 ADAPTERS = {
     "AuraFlowPipeline": "mmalign.pipelines.aura_flow:AuraFlow",
+    "BriaFiboPipeline": "mmalign.pipelines.bria:Fibo",
+    "BriaPipeline": "mmalign.pipelines.bria:Bria",
     "ChromaPipeline": "mmalign.pipelines.flux:Chroma",
     "CogVideoXImageToVideoPipeline": "mmalign.pipelines.cogvideo:CogVideoXImageToVideo",
     "CogVideoXPipeline": "mmalign.pipelines.cogvideo:CogVideoX",

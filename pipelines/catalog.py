@@ -78,6 +78,8 @@ MODELS = {
         "text to image",
         "a mixture of experts; its LoRA as of Ovis-Image",
     ),
+    "BriaPipeline": ("Bria 3.2", "text to image", "its LoRA as of Ovis-Image"),
+    "BriaFiboPipeline": ("FIBO", "text to image", "every block sees a layer of the text's encoder"),
     "LuminaPipeline": (
         "Lumina-Next",
         "text to image",
@@ -131,7 +133,7 @@ RECIPES = {
     "HunyuanVideoPipeline": ("hunyuan_dance_grpo",),
 }
 
-# Text-to-image pipelines of diffusers 0.42 that cannot be trained here, most used first, and why.
+# Text-to-image pipelines of diffusers 0.42 that cannot be trained here, and why.
 # Those of a model above with a further input or another guidance (ControlNet, PAG, ...) are left out.
 ABSENT = {
     "consistency models, which predict the end of the way at once: a step of theirs is none of an ODE": (
@@ -161,8 +163,6 @@ ABSENT = {
     ),
     "no adapter yet": (
         "Kandinsky3Pipeline",
-        "BriaPipeline",
-        "BriaFiboPipeline",
         "BriaFibo2Pipeline",
         "PRXPixelPipeline",
         "ZImageOmniPipeline",

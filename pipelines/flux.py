@@ -10,9 +10,13 @@ from mmalign.pipelines.flow import Condition
 
 
 class Flux(Family):
-    """Adapter of `FluxPipeline`; what dev is told its guidance is, is `policy.embedded_guidance`."""
+    """Adapter of `FluxPipeline`; what dev is told its guidance is, is `policy.embedded_guidance`.
+
+    clock: what its network calls the time at the noise.
+    """
 
     kind = "FluxPipeline"
+    clock = 1
 
     @property
     def channels(self) -> int:
@@ -31,7 +35,7 @@ class Flux(Family):
             places = torch.cat([places, *[self.places(x, 1.0)] * pictures.shape[1]])
         velocity: Tensor = network(
             hidden_states=tokens,
-            timestep=sigma,
+            timestep=sigma * self.clock,
             encoder_hidden_states=condition["embeds"],
             txt_ids=self.text_places(x, condition["embeds"].shape[1]),
             img_ids=places,

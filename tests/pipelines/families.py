@@ -725,6 +725,73 @@ def nucleus_image() -> Any:
     )
 
 
+# ---- Bria and FIBO
+
+
+def bria() -> Any:
+    from diffusers import BriaPipeline, BriaTransformer2DModel
+
+    tokens = _t5_tokenizer()
+    return BriaPipeline(
+        transformer=BriaTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=[4, 2, 2],
+        ),
+        scheduler=flow(shift=3.0),
+        vae=image_vae(),
+        text_encoder=t5(tokens),
+        tokenizer=tokens,
+    )
+
+
+def fibo() -> Any:
+    import diffusers
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    tokens = marked_tokenizer()
+    return diffusers.BriaFiboPipeline(
+        transformer=diffusers.BriaFiboTransformer2DModel(
+            in_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=[4, 2, 2],
+            text_encoder_dim=16,
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=diffusers.AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            is_residual=True,
+            in_channels=12,
+            out_channels=12,
+            patch_size=2,
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.2, 0.8, 1.0, 1.5],
+            scale_factor_spatial=16,
+        ),
+        text_encoder=SmolLM3ForCausalLM(
+            SmolLM3Config(
+                vocab_size=128001,  # no text is told as the last of them
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                **SMALL,
+            )
+        ),
+        tokenizer=tokens,
+    )
+
+
 # ---- Ovis-Image and LongCat-Image
 
 
@@ -1624,6 +1691,14 @@ FAMILIES = {
     ),
     "NucleusMoEImagePipeline": Row(
         nucleus_image, call_scale, {"max_sequence_length": 200}, latents=pack, loads_lora=False
+    ),
+    "BriaPipeline": Row(bria, call_scale, latents=pack, takes_length=False, loads_lora=False),
+    "BriaFiboPipeline": Row(
+        fibo,
+        call_scale,
+        {"max_sequence_length": 48},
+        size=(64, 96),
+        latents=lambda x: x.flatten(2).transpose(1, 2),
     ),
     "KolorsPipeline": Row(kolors, call_scale, takes_length=False, prepare=by_ddim),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
