@@ -179,6 +179,10 @@ class ColdStart:
     warmup: float = 0.05  # share of the steps
     hide: float = 0.5  # pairs that are scored without reasoning; 0 trains no `think: false`
     loss: Loss = "bradley_terry"
+    # Of minus the mean log-probability of a token of the given reasoning; 0 in the paper. Raise it where a
+    # small model, at the rate that it needs, would forget how to write: stage 2 would find no thought to
+    # reward.
+    words: float = 0.0
     rank: int = 64
     alpha: int = 128
     seed: int = 0
@@ -189,6 +193,8 @@ class ColdStart:
         _positive("cold start", alpha=self.alpha, chunk=self.chunk, save_every=self.save_every)
         if not 0 <= self.hide <= 1 or not 0 <= self.warmup <= 1:
             raise ValueError(f"hide and warmup lie in 0..1, got {self.hide}, {self.warmup}")
+        if self.words < 0:
+            raise ValueError(f"words must be 0 or more, got {self.words}")
         if self.loss not in (known := get_args(Loss)):
             raise ValueError(f"loss must be one of {', '.join(known)}, got {self.loss!r}")
 
@@ -330,22 +336,31 @@ def cold_start(
         optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (step + 1) / warm)
         hidden = hidden_pairs(len(some), settings.hide, generator(settings.seed, "hide", step))
         thoughts = [
-            () if hide else given[side.reasoning]
+            Thought() if hide or not given[side.reasoning] else Thought(given[side.reasoning], judge.ends[0])
             for pair, hide in zip(some, hidden, strict=True)
             for side in pair.sides
         ]
         tie = torch.tensor([pair.tie for pair in some], device=judge.network.device)
-        scores, total = [], 0.0
+        count = max(1, sum(len(thought.tokens) + 1 for thought in thoughts if thought.tokens))
+        scores, total, surprise = [], 0.0, 0.0
         for part in parts(len(some), settings.chunk):
             asked, told = student.asked(some[part]), thoughts[2 * part.start : 2 * part.stop]
-            score = judge.read(asked, told).score.reshape(-1, 2)
+            if settings.words:
+                token, mask = laid_out(told, judge.network.device)
+                log_prob, score = likely(judge, asked, told, token)
+                unlikely = -torch.where(mask, log_prob, 0.0).sum() / count
+            else:
+                score = judge.read(asked, [thought.tokens for thought in told]).score
+                unlikely = score.new_zeros(())
+            score = score.reshape(-1, 2)
             loss = preference_loss(score[:, 0], score[:, 1], tie[part], settings.loss).sum() / len(some)
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss + settings.words * unlikely).backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+            surprise += unlikely.item()
             scores.append(score.detach())
         chosen, rejected = torch.cat(scores).unbind(1)
-        norm = _step(optimizer, student)
-        return {"loss": total, "right": share(chosen > rejected, ~tie), "norm": norm}
+        row = {"loss": total, "right": share(chosen > rejected, ~tie), "norm": _step(optimizer, student)}
+        return row | ({"surprise": surprise} if settings.words else {})
 
     _train(student, pairs, settings, "cold start", update, log, folder)
 

@@ -29,6 +29,7 @@ from mmalign.descore_training import (
     evaluated,
     hidden_pairs,
     judged,
+    laid_out,
     length_reward,
     likely,
     look,
@@ -295,6 +296,40 @@ def test_the_cold_start_learns_the_preference_both_ways(cold, pairs_folder):
     first = student.asked(read_pairs(pairs_folder)[:1])
     chosen, rejected = judge.read(first, [judge.spell(text) for text in given]).score
     assert chosen > rejected
+
+
+def test_given_reasoning_grows_likelier_where_words_count(models, pairs_folder):
+    pairs = read_pairs(pairs_folder)
+
+    def surprise_of(words: float) -> tuple[float, list[dict[str, float]]]:
+        student, rows = student_of(models["Llava"]), []
+        cold_start(student, pairs, ColdStart(steps=12, batch=4, lr=1e-2, hide=0.5, words=words), rows.append)
+        judge = student.judge
+        given = [Thought(judge.spell(side.reasoning), judge.ends[0]) for pair in pairs for side in pair.sides]
+        token, mask = laid_out(given, torch.device("cpu"))
+        with torch.no_grad():
+            log_prob, _ = likely(judge, student.asked(pairs), given, token)
+        return -log_prob[mask].mean().item(), rows
+
+    without, plain = surprise_of(0.0)
+    learned, rows = surprise_of(1.0)
+    assert learned < without - 0.3
+    assert rows[0]["loss"] == pytest.approx(plain[0]["loss"])  # it comes beside the preference
+    assert "surprise" not in plain[0]
+
+
+def test_words_count_in_the_mean_over_tokens_whatever_the_parts(models, pairs_folder):
+    pairs, found = read_pairs(pairs_folder), []
+    for chunk in (1, 4):
+        student, rows = student_of(models["Llava"]), []
+        settings_ = ColdStart(steps=1, batch=4, chunk=chunk, hide=0.0, words=2.0, lr=1e-2)
+        cold_start(student, pairs, settings_, rows.append)
+        found.append((rows[0], [parameter.detach().clone() for parameter in student.learned]))
+    (whole, first), (parted, second) = found
+    assert whole["surprise"] == pytest.approx(parted["surprise"], rel=1e-5)
+    assert whole["norm"] == pytest.approx(parted["norm"], rel=1e-4)
+    for one, other in zip(first, second, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_only_one_embedding_row_changes_in_the_cold_start(cold, models):
@@ -574,6 +609,8 @@ def test_pairs_that_cannot_be_read_are_named(tmp_path, models):
     (tmp_path / PAIRS).write_text(json.dumps({"prompt": "a", "chosen": side, "rejected": side}))
     with pytest.raises(ValueError, match=r"pairs.jsonl:1: .*a whole number for each dimension, got .*0\.7"):
         read_pairs(tmp_path)
+    with pytest.raises(ValueError, match="words must be 0 or more, got -1"):
+        ColdStart(words=-1)
     with pytest.raises(ValueError, match=r"hide and warmup lie in 0\.\.1, got 2"):
         ColdStart(hide=2)
     with pytest.raises(ValueError, match="rollouts are compared with each other: 2 or more, got 1"):
