@@ -286,9 +286,9 @@ def test_with_a_shift_a_sample_is_that_of_the_plain_pipeline_with_a_scheduler_of
 ):
     row, _, plain, files, _ = world(name)
     own = plain.scheduler
-    fixed = {"shift": 5.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    fixed = {"shift": 2.0, "use_dynamic_shifting": False, "shift_terminal": None}
     monkeypatch.setattr(plain, "scheduler", type(own).from_config(own.config, **fixed))
-    policy = policy_of(world, name, guidance=1.0, shift=5.0)
+    policy = policy_of(world, name, guidance=1.0, shift=2.0)
     ours = policy.images(prompts_for(row, files), STEPS, KEY)
     assert_close(ours, theirs(policy, plain, row, files), atol=1e-5, rtol=1e-5)
     usual = policy_of(world, name, guidance=1.0).adapter.sigmas(STEPS, policy.shape)
