@@ -167,14 +167,15 @@ class Value:
 
     def refine(self, policy: Policy, trajectory: Trajectory, advantage: Advantage, peers: Peers) -> Advantage:
         """The advantage of every action, of returns [1, B, 1, *1] that stand in its place; then V learns."""
-        features, sigma = state_features(policy, trajectory, self.settings.places)
-        net, optimizer = self._network(features.shape[2])
+        x, text, sigma = state_features(policy, trajectory, self.settings.places)
+        net, optimizer = self._network(x.shape[2] + text.shape[1])
         counted = (advantage.weight.reshape(sigma.shape) > 0).cpu()
         returns = advantage.values[0].flatten(1)[:, :1].cpu()  # [B, 1]
         with torch.no_grad():
-            value = net(features.flatten(0, 1), sigma.flatten()).reshape(sigma.shape)
+            each = zip(x, text, sigma, strict=True)  # a sample at a time: the same in any batch
+            value = torch.stack([net(beside(latents, own), time) for latents, own, time in each])
         left = torch.where(counted, returns - value, 0.0)
-        rows = [peers.all(rows) for rows in (features, sigma, returns, counted.long(), left)]
+        rows = [peers.all(rows) for rows in (x, text, sigma, returns, counted.long(), left)]
         self._seen = self._fit(net, optimizer, *rows)
         values = left.clamp(-self.advantage_clip, self.advantage_clip).to(advantage.values)
         sites = [1] * (advantage.values.ndim - 3)
@@ -198,7 +199,8 @@ class Value:
         self,
         net: ValueNet,
         optimizer: torch.optim.Optimizer,
-        features: Tensor,
+        x: Tensor,
+        text: Tensor,
         sigma: Tensor,
         returns: Tensor,
         counted: Tensor,
@@ -206,9 +208,10 @@ class Value:
     ) -> dict[str, float]:
         """Regress V on the returns of all ranks' actions; gives metrics of how good it was before.
 
-        features: [N, S, D]; sigma, counted, left: [N, S]; returns: [N, 1].
+        x: [N, S, P]; text: [N, D]; sigma, counted, left: [N, S]; returns: [N, 1].
         """
-        row, column = (counted.bool() & features.isfinite().all(2)).nonzero(as_tuple=True)
+        finite = x.isfinite().all(2) & text.isfinite().all(1)[:, None]
+        row, column = (counted.bool() & finite).nonzero(as_tuple=True)
         if not len(row):
             return {}
         target, before = returns[row, 0], left[row, column]
@@ -218,7 +221,7 @@ class Value:
                 order = torch.randperm(len(row), generator=generator("dpok", "fit", self.fits, epoch))
                 for part in torch.split(order, self.settings.batch):
                     at = (row[part], column[part])
-                    loss = F.mse_loss(net(features[at], sigma[at]), target[part])
+                    loss = F.mse_loss(net(beside(x[at], text[row[part]]), sigma[at]), target[part])
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     nn.utils.clip_grad_norm_(net.parameters(), GRAD_CLIP)
@@ -261,18 +264,22 @@ class Value:
             group["lr"] = self.settings.learning_rate
 
 
-def state_features(policy: Policy, trajectory: Trajectory, places: int) -> tuple[Tensor, Tensor]:
-    """What V sees of the state of every action, [B, S, D], and its time [B, S]; on the CPU."""
+def state_features(policy: Policy, trajectory: Trajectory, places: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What V sees: latents [B, S, P] and times [B, S] of actions, texts [B, D] of samples; on the CPU."""
     if not isinstance(policy, TellsStates):
         raise TypeError("DPOK needs a policy that tells the states its actions were taken in (`states`)")
     samples, actions = trajectory.mask.shape
-    columns, features, sigmas = torch.arange(actions), [], []
+    columns, seen = torch.arange(actions), []
     for row in range(samples):  # one prompt at a time, so that none is encoded twice
         state = policy.states(trajectory, Pick(torch.full_like(columns, row), columns))
-        seen = torch.cat([averaged(state.x, places).flatten(1), state.text], 1)
-        features.append(seen.float().cpu())
-        sigmas.append(state.sigma.float().cpu())
-    return torch.stack(features), torch.stack(sigmas)
+        seen.append((averaged(state.x, places).flatten(1), state.text[0], state.sigma))
+    x, text, sigma = (torch.stack([one.float().cpu() for one in part]) for part in zip(*seen, strict=True))
+    return x, text, sigma
+
+
+def beside(x: Tensor, text: Tensor) -> Tensor:
+    """Latents [n, P] and the texts of their prompts, [n, D] or one [D], in one row each."""
+    return torch.cat([x, text.expand(len(x), -1)], 1)
 
 
 def averaged(x: Tensor, places: int) -> Tensor:

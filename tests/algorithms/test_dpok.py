@@ -86,7 +86,8 @@ def test_it_is_asked_before_it_learns():
         chain = Chain(32, seed)
         before = copy.deepcopy(value.net)
         left = chain.refined(value)
-        features, sigma = state_features(chain, chain.trajectory, 8)
+        x, text, sigma = state_features(chain, chain.trajectory, 8)
+        features = torch.cat([x, text[:, None].expand(-1, STEPS, -1)], 2)
         asked = torch.zeros(32, STEPS)
         if before is not None:
             asked = before(features.flatten(0, 1), sigma.flatten()).reshape(32, STEPS).detach()
