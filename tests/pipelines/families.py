@@ -437,7 +437,7 @@ def hunyuan_image() -> Any:
             text_embed_2_dim=32,
             rope_axes_dim=(4, 4),
         ),
-        scheduler=flow(shift=5.0),
+        scheduler=flow(shift=4.0),
         vae=diffusers.AutoencoderKLHunyuanImage(
             in_channels=3,
             out_channels=3,
