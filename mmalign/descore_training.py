@@ -336,7 +336,7 @@ def cold_start(
         optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (step + 1) / warm)
         hidden = hidden_pairs(len(some), settings.hide, generator(settings.seed, "hide", step))
         thoughts = [
-            Thought() if hide or not given[side.reasoning] else Thought(given[side.reasoning], judge.ends[0])
+            Thought() if hide or not given[side.reasoning] else Thought(given[side.reasoning], judge.end)
             for pair, hide in zip(some, hidden, strict=True)
             for side in pair.sides
         ]

@@ -119,7 +119,10 @@ class Thinker:
         self.ends = sorted(int(number) for number in found)
         special = {number for number, token in words.added_tokens_decoder.items() if token.special}
         self.banned = sorted(({*words.all_special_ids, *special, self.token}) - set(self.ends))
-        self.pad = self.ends[0] if words.pad_token_id is None else int(words.pad_token_id)
+        self.end = (
+            self.ends[0] if words.eos_token_id is None else int(words.eos_token_id)
+        )  # of a given thought
+        self.pad = self.end if words.pad_token_id is None else int(words.pad_token_id)
         # Penalties and cuts of its own would draw thoughts from another distribution than `log_probs`.
         self.network.generation_config = GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
         self.network.eval().requires_grad_(False)

@@ -4,7 +4,8 @@
     python scripts/descore.py pairs --out runs/pairs/train --count 2000
     python scripts/descore.py pairs --out runs/pairs/test --count 300 --split heldout --seed 1
     python scripts/descore.py train --stage 1 --model runs/watcher/watcher --pairs runs/pairs/train \
-        --out runs/descore/cold --instruction "{prompt}" --frames 3 --longest 96 --lr 1e-3 --steps 400
+        --out runs/descore/cold --instruction "{prompt}" --frames 3 --longest 96 --lr 1e-3 --steps 250 \
+        --words 1
     python scripts/descore.py train --stage 2 --start runs/descore/cold --pairs runs/pairs/train \
         --out runs/descore/dual --lr 1e-4 --steps 60 --length-step 40
     python scripts/descore.py evaluate --weights runs/descore/dual --pairs runs/pairs/test

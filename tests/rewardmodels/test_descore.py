@@ -189,6 +189,17 @@ def test_thoughts_are_drawn_from_the_plain_distribution_whatever_the_model_prefe
     assert len(drawn) > 1
 
 
+def test_a_given_thought_ends_as_a_turn_does_and_not_by_another_token_that_may_end_a_text(models, tmp_path):
+    """As in Qwen3-VL, whose generation_config also names <|endoftext|>, of a lower number."""
+    plain = Thinker(settings(models["Llava"]))
+    lower = plain.end - 1
+    plain.network.save_pretrained(tmp_path)
+    plain.processor.save_pretrained(tmp_path)
+    T.GenerationConfig(eos_token_id=[plain.end, lower]).save_pretrained(tmp_path)
+    other = Thinker(settings(str(tmp_path)))
+    assert (other.ends, other.end) == ([lower, plain.end], plain.end)
+
+
 # ---- the formulas
 
 
@@ -305,7 +316,7 @@ def test_given_reasoning_grows_likelier_where_words_count(models, pairs_folder):
         student, rows = student_of(models["Llava"]), []
         cold_start(student, pairs, ColdStart(steps=12, batch=4, lr=1e-2, hide=0.5, words=words), rows.append)
         judge = student.judge
-        given = [Thought(judge.spell(side.reasoning), judge.ends[0]) for pair in pairs for side in pair.sides]
+        given = [Thought(judge.spell(side.reasoning), judge.end) for pair in pairs for side in pair.sides]
         token, mask = laid_out(given, torch.device("cpu"))
         with torch.no_grad():
             log_prob, _ = likely(judge, student.asked(pairs), given, token)
