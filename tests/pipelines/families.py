@@ -671,7 +671,7 @@ def lumina() -> Any:
     torch.nn.init.normal_(network.layers[0].gate)  # that begins with 0
     return LuminaPipeline(
         transformer=network,
-        scheduler=flow(shift=2.0),
+        scheduler=flow(shift=4.0),
         vae=eightfold_vae(),
         text_encoder=gemma(tokens),
         tokenizer=tokens,
