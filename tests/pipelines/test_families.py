@@ -160,8 +160,28 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
     return row.shown(torch.cat([torch.as_tensor(part) for part in drawn]))
 
 
+# Most used; the others take their turn in `make test` alone.
+QUICK = {
+    "CogVideoXPipeline",
+    "Flux2Pipeline",
+    "FluxKontextPipeline",
+    "FluxPipeline",
+    "HunyuanVideoPipeline",
+    "LTXPipeline",
+    "PixArtSigmaPipeline",
+    "QwenImageEditPipeline",
+    "QwenImagePipeline",
+    "SanaPipeline",
+    "WanImageToVideoPipeline",
+    "WanPipeline",
+    "ZImagePipeline",
+}
+SLOW = set(FAMILIES) - QUICK
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MARKED)
 def test_a_sample_is_that_of_the_plain_pipeline(world, name, guidance):
     row, _, plain, files, _ = world(name)
     policy = policy_of(
@@ -175,13 +195,7 @@ def test_a_sample_is_that_of_the_plain_pipeline(world, name, guidance):
     assert ours.std() > 1e-2
 
 
-# They read texts of more than a thousand tokens.
-SLOW = {"HunyuanImagePipeline", "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", MARKED)
 def test_a_step_of_training_changes_the_lora_alone_and_diffusers_loads_it(world, name, tmp_path):
     row, _, plain, files, _ = world(name)
     asked = [Prompt(text, extra) for text, extra in zip(TEXTS, extras(row, files), strict=True)]
@@ -215,9 +229,7 @@ def test_a_step_of_training_changes_the_lora_alone_and_diffusers_loads_it(world,
         row.unload_lora(plain)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", MARKED)
 def test_a_family_tells_what_actions_were_taken_in(world, name):
     row, _, _, files, _ = world(name)
     policy = policy_of(world, name, FlowGRPO().noise, guidance=1.0)
