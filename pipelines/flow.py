@@ -457,6 +457,12 @@ class FlowPolicy:
             torch.tensor([place[key] for key in unwanted]).to(self.device) if guides else None,
         )
 
+    def _pictures(self, files: Sequence[str]) -> Tensor:
+        """Of files, [n, 3, H, W] in the size that is made."""
+        high, wide = (places * self.adapter.scale for places in self.shape[-2:])
+        empty = torch.zeros(0, 3, high, wide)
+        return torch.cat([empty, *(self._picture(file)[None] for file in files)]).to(self.device)
+
     @torch.no_grad()
     def _encode(self, text: str, files: tuple[str, ...] = (), negative: bool = False) -> Condition:
         """One text at a time: its numbers must not depend on neighbors, which differ in a resumed run.
@@ -467,13 +473,10 @@ class FlowPolicy:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        high, wide = (places * self.adapter.scale for places in self.shape[-2:])
-        pictures = torch.stack([torch.zeros(3, high, wide), *map(self._picture, files)])[1:]
-        pictures = pictures.to(self.device)
         if negative and isinstance(self.adapter, EncodesNegatives):
-            seen = self.adapter.encode_negative(text, pictures)
+            seen = self.adapter.encode_negative(text, self._pictures(files))
         elif isinstance(self.adapter, SeesPictures):
-            seen = self.adapter.encode_with(text, pictures)
+            seen = self.adapter.encode_with(text, self._pictures(files))
         else:
             seen = self.adapter.encode(text)
         condition = {name: tensor.to(self.device) for name, tensor in seen.items()}
