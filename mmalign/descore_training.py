@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -56,13 +55,12 @@ from mmalign.rewardmodels.descore import (
     settings_of,
     shown_of,
 )
+from mmalign.rewardmodels.training_state import Row, TrainingState, fingerprint
 
 PAIRS = "pairs.jsonl"
 Loss = Literal["bradley_terry", "margin", "tie_aware"]
 MARGIN, TIE = 0.57, math.log(5.0)
 KEPT = 2**31  # bytes of inputs of videos that are kept
-CHECKPOINT = "training.pt"
-Row = dict[str, float]
 Log = Callable[[Row], None]
 
 
@@ -410,31 +408,18 @@ def _train(
 ) -> None:
     """The steps of a stage, from where its checkpoint stands.
 
-    A checkpoint is what is learned, the state of the optimizer and the log; every draw is keyed by its step.
+    Every draw is keyed by its step, so that a checkpoint needs no generator.
     """
     optimizer = torch.optim.AdamW(student.learned, settings.lr, weight_decay=0.0)
-    file, rows = folder / CHECKPOINT if folder else None, list[Row]()
-    begun = _begun(student, pairs, settings, stage) if file else {}
-    if file and file.is_file():
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if odd := sorted(name for name in begun if begun[name] != state["begun"].get(name)):
-            raise ValueError(f"{file}: was begun with other {', '.join(odd)}: use another --out")
-        with torch.no_grad():
-            for p, saved in zip(student.learned, state["learned"], strict=True):
-                p.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        rows = state["rows"]
-        for row in rows:
-            log(row)
+    begun = _begun(student, pairs, settings, stage) if folder else {}
+    state = TrainingState(folder, begun, student.learned, [optimizer], every=settings.save_every)
+    rows = state.load()
+    for row in rows:
+        log(row)
     feed = islice(batches(pairs, settings.batch, settings.seed, stage), len(rows), None)
     for step in range(len(rows), settings.steps):
         rows.append({"step": step + 1, **update(step, next(feed), optimizer)})
-        if file and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
-            learned = [p.detach() for p in student.learned]
-            state = {"begun": begun, "rows": rows, "learned": learned, "optimizer": optimizer.state_dict()}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, file.with_suffix(".partial"))
-            os.replace(file.with_suffix(".partial"), file)
+        state.save(rows, last=step + 1 == settings.steps)
         log(rows[-1])
 
 
@@ -446,16 +431,13 @@ def _begun(
         (pair.prompt, pair.tie, [(side.reasoning, sorted(side.scores.items())) for side in pair.sides])
         for pair in pairs
     ]
-    start = hashlib.blake2b(digest_size=16)
-    for p in student.learned:
-        start.update(p.detach().cpu().numpy().tobytes())
     known = {
         **asdict(student.judge.settings),
         **asdict(settings),
         "stage": stage,
         "precision": str(student.judge.network.dtype),
         "pairs": hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest(),
-        "weights": start.hexdigest(),
+        "weights": fingerprint(student.learned),
     }
     return {name: value for name, value in known.items() if name not in ("model", "save_every")}
 

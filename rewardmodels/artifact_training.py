@@ -23,6 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from mmalign.pictures import open_picture
 from mmalign.rewardmodels.artifact import Detector
+from mmalign.rewardmodels.training_state import Row, TrainingState, fingerprint
 
 LABELS = "labels.jsonl"
 SLIGHT = 0.1  # share of a place from which it counts as damaged
@@ -106,12 +107,17 @@ def train_detector(
     frozen: bool = False,
     precision: str = "fp32",
     seed: int = 0,
-    log: Callable[[dict[str, float]], None] = lambda row: None,
+    log: Callable[[Row], None] = lambda row: None,
+    folder: Path | None = None,
+    every: int = 100,
 ) -> Detector:
     """Teaches the heads, and the tower unless it is frozen; then fits the temperature on a tenth held back.
 
     Half of a batch is damaged. Pictures are enlarged, blurred, brightened and made noisy a little, damaged or
     not, so that the blur of an autoencoder and the size of a thing are no artifacts.
+
+    folder: of the checkpoint, written every `every` steps, from which a killed run goes on exactly; `log` is
+    then first told of the steps that were done. ValueError where it was begun with other settings or data.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = data.seen.nonzero()[:, 0]
@@ -127,7 +133,14 @@ def train_detector(
         torch.optim.AdamW(rest, lr, weight_decay=0.0),
     ]
     detector.train()
-    for step in range(steps):
+    begun: dict[str, object] = {"steps": steps, "batch": batch, "lr": lr, "frozen": frozen}
+    begun |= {"precision": precision, "seed": seed, "weights": fingerprint(detector.state_dict().values())}
+    begun["data"] = fingerprint([data.images, data.artifact, data.masks, data.located, data.seen])
+    state = TrainingState(folder, begun, [*learned, *detector.buffers()], optimizers, generator, every)
+    done = state.load()
+    for row in done:
+        log(row)
+    for step in range(len(done), steps):
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * min(1.0, (step + 1) / 50, 2 * (steps - step) / steps)
         picked = torch.cat(
@@ -149,7 +162,9 @@ def train_detector(
         for optimizer in optimizers:
             optimizer.step()
         right = ((whole > 0) == (wanted > 0)).float().mean().item()
-        log({"step": step + 1, "loss": loss.item(), "right": right})
+        done.append({"step": step + 1, "loss": loss.item(), "right": right})
+        state.save(done, last=step + 1 == steps)
+        log(done[-1])
     detector.eval().requires_grad_(False)
     logits = logits_of(detector, data.images[held])
     detector.temperature = fit_temperature(logits, data.artifact[held])

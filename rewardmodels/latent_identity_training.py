@@ -22,6 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from mmalign.pictures import frames_of, missing, missing_video
 from mmalign.rewardmodels.latent_identity import IdentityNetwork, LatentSpace, read_reference
+from mmalign.rewardmodels.training_state import Row, TrainingState, fingerprint
 
 EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the buckets of noise levels that accuracy is told for
 
@@ -112,9 +113,15 @@ def train_identity(
     blocks_lr: float = 1e-3,
     dropped: float = 0.1,
     seed: int = 0,
-    log: Callable[[dict[str, float]], None] = lambda row: None,
+    log: Callable[[Row], None] = lambda row: None,
+    folder: Path | None = None,
+    every: int = 100,
 ) -> None:
-    """Trains the blocks and the head in place; dropped: share of the texts that are left out."""
+    """Trains the blocks and the head in place; dropped: share of the texts that are left out.
+
+    folder: of the checkpoint, written every `every` steps, from which a killed run goes on exactly; `log` is
+    then first told of the steps that were done. ValueError where it was begun with other settings or data.
+    """
     network.train().requires_grad_(False)
     blocks = list(network.transformer.blocks.requires_grad_(True).parameters())
     own = [p for name, p in network.named_parameters() if not name.startswith("transformer.")]
@@ -122,12 +129,20 @@ def train_identity(
         parameter.requires_grad_(True)
     groups = [{"params": own, "lr": lr}, {"params": blocks, "lr": blocks_lr}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
+    rates = [group["lr"] for group in optimizer.param_groups]
     warmup = min(100, steps)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / (0.5 * steps)), 1.0)
-    )
     draw = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+    begun: dict[str, object] = {"steps": steps, "batch": batch, "lr": lr, "blocks_lr": blocks_lr}
+    begun |= {"dropped": dropped, "seed": seed, "weights": fingerprint(network.state_dict().values())}
+    begun["data"] = fingerprint([data.latents, data.references, data.text, data.kept, data.nothing])
+    state = TrainingState(folder, begun, [*own, *blocks], [optimizer], draw, every)
+    done = state.load()
+    for row in done:
+        log(row)
+    for step in range(len(done), steps):
+        share = min((step + 1) / warmup, 2 * (steps - step) / steps, 1.0)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * share
         rows = torch.randint(len(data), (batch,), generator=draw)
         sigma = torch.rand(batch, generator=draw)
         noise = torch.randn((batch, *data.latents.shape[1:]), generator=draw)
@@ -139,8 +154,10 @@ def train_identity(
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_([*own, *blocks], 1.0)
         optimizer.step()
-        rate.step()
-        log({"loss": loss.item(), "right": float(((found > 0) == (wanted > 0)).float().mean())})
+        right = float(((found > 0) == (wanted > 0)).float().mean())
+        done.append({"loss": loss.item(), "right": right})
+        state.save(done, last=step + 1 == steps)
+        log(done[-1])
     network.eval().requires_grad_(False)
 
 

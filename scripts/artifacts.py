@@ -69,6 +69,7 @@ def arguments() -> argparse.Namespace:
     start.add_argument("--start", help="detector that is trained further")
     part.add_argument("--out", type=Path, required=True, help="folder of the detector")
     part.add_argument("--steps", type=int, default=1000)
+    part.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
     part.add_argument("--batch", type=int, default=64)
     part.add_argument("--lr", type=float, default=1e-3)
     part.add_argument("--frozen", action="store_true", help="train the heads alone")
@@ -135,7 +136,7 @@ def make(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains a detector and writes its folder."""
+    """Trains a detector and writes its folder; the same command goes on with a run that was killed."""
     data = read_labeled(options.data)
     bar = tqdm(total=options.steps, desc="train")
     mean = {"loss": 0.0, "right": 0.5}
@@ -152,7 +153,7 @@ def train(options: argparse.Namespace) -> None:
     detector = Detector.load(options.start) if options.start else Detector(options.tower)
     detector.to(options.device)
     settings = {key: getattr(options, key) for key in ("steps", "batch", "lr", "frozen", "precision", "seed")}
-    train_detector(detector, data, **settings, log=log)
+    train_detector(detector, data, **settings, log=log, folder=options.out, every=options.save_every)
     bar.close()
     detector.to("cpu").save(options.out)
     print(f"{options.out}: temperature {detector.temperature:.2f}")

@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     train.add_argument("--query", choices=("reference", "video"), default="reference", help="what asks")
     train.add_argument("--out", type=Path, required=True, help="folder of the network")
     train.add_argument("--steps", type=int, default=800)
+    train.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
     train.add_argument("--batch", type=int, default=48)
     train.add_argument("--lr", type=float, default=1e-3, help="of the head (1e-3)")
     train.add_argument("--blocks-lr", type=float, default=1e-3, help="of the denoiser's blocks (1e-3)")
@@ -89,7 +90,7 @@ def labeled(options: argparse.Namespace, space: LatentSpace, split: str, seed: i
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains a network and writes its folder."""
+    """Trains a network and writes its folder; the same command goes on with a run that was killed."""
     from diffusers import WanTransformer3DModel
 
     space = LatentSpace(options.base)
@@ -105,7 +106,15 @@ def train(options: argparse.Namespace) -> None:
         bar.update()
 
     settings = {key: getattr(options, key) for key in ("steps", "batch", "lr", "blocks_lr", "seed")}
-    train_identity(network.to(options.device), space, data, **settings, log=log)
+    train_identity(
+        network.to(options.device),
+        space,
+        data,
+        **settings,
+        log=log,
+        folder=options.out,
+        every=options.save_every,
+    )
     bar.close()
     network.to("cpu").save(options.out, options.base)
     print(f"{options.out}: loss {mean['loss']:.3f}, right {mean['right']:.3f} in the last steps")

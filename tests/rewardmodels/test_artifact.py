@@ -155,6 +155,33 @@ def test_a_detector_learns_a_kind_and_its_place(tmp_path):
     assert fresh["seen"]["auc"] < 0.8
 
 
+def test_a_killed_training_goes_on_exactly(tmp_path):
+    fresh_tower(tmp_path / "resnet", side=64, widths=(8, 12, 16))
+    data = read_labeled(labeled(tmp_path / "set", 8, "grain"))
+    known = {"steps": 5, "batch": 8, "every": 2}
+
+    def run(log=lambda row: None, **settings):
+        return train_detector(Detector(str(tmp_path / "resnet")), data, **known | settings, log=log)
+
+    def killed(row):
+        if row["step"] == 3:
+            raise KeyboardInterrupt
+
+    rows, place = [], tmp_path / "run"
+    whole = run(rows.append)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, folder=place)
+    for _ in range(2):  # the second time there is nothing left to do
+        told = []
+        again = run(told.append, folder=place)
+        assert told == rows
+        assert again.temperature == whole.temperature
+        for (name, one), other in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+            assert torch.equal(one, other), name
+    with pytest.raises(ValueError, match=r"training.pt: was begun with other lr: use another --out"):
+        run(folder=place, lr=1e-4)
+
+
 def test_frozen_towers_stay_as_they_are(tower, tmp_path):
     data = read_labeled(labeled(tmp_path / "set", 6))
     detector = Detector(tower)

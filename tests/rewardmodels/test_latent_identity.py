@@ -271,6 +271,33 @@ def test_training_moves_blocks_and_head_alone_and_repeats(denoiser, space, drawn
     assert found[0] == found[1]
 
 
+def test_a_killed_training_goes_on_exactly(denoiser, space, drawn, tmp_path):
+    data = labeled(space, drawn)
+
+    def run(log=lambda row: None, **settings):
+        network = IdentityNetwork(copy.deepcopy(denoiser), 1)
+        train_identity(network, space, data, **{"steps": 5, "batch": 4, "every": 2} | settings, log=log)
+        return network.state_dict()
+
+    left = iter(range(3))
+
+    def killed(row):
+        if next(left) == 2:
+            raise KeyboardInterrupt
+
+    rows = []
+    whole = run(rows.append)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, folder=tmp_path)
+    for _ in range(2):  # the second time there is nothing left to do
+        told = []
+        again = run(told.append, folder=tmp_path)
+        assert told == rows
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+    with pytest.raises(ValueError, match=r"training.pt: was begun with other seed: use another --out"):
+        run(folder=tmp_path, seed=1)
+
+
 def test_a_few_clips_are_learned_by_heart(denoiser, space, drawn):
     network, rows = IdentityNetwork(copy.deepcopy(denoiser), 1), []
     train_identity(network, space, labeled(space, drawn), steps=50, batch=8, lr=3e-3, log=rows.append)
