@@ -211,10 +211,10 @@ def test_texts_are_the_servers_and_log_probabilities_of_both_are_kept(engine, fi
     stir(policy)
     trajectory = policy.sample(prompts, Plan(1), KEY)
     assert trajectory.behavior is not None
-    assert_close(trajectory.log_prob, trajectory.behavior.log_prob, atol=1e-5, rtol=0)
+    assert_close(trajectory.log_prob, trajectory.behavior.log_prob, atol=1e-4, rtol=0)
     for pick in policy.picks(trajectory, torch.arange(len(trajectory)), 3):
         now = policy.evaluate(trajectory, pick).log_prob
-        assert_close(now, trajectory.log_prob[pick.rows, pick.columns], atol=2e-5, rtol=0)
+        assert_close(now, trajectory.log_prob[pick.rows, pick.columns], atol=1e-4, rtol=0)
     assert len({body["seed"] for body in engine.bodies}) == len(prompts)
     assert {engine.adapter_of(body["model"]) for body in engine.bodies} == {engine.paths[-1][0]}
     assert {int(i) for body in engine.bodies for i in body["logit_bias"]} == set(policy.adapter.banned)
@@ -236,7 +236,7 @@ def test_the_server_gets_new_weights_when_there_are_new_ones(engine, files):
     assert not Path(gone).exists()
     assert (Path(there) / "adapter_config.json").is_file()
     assert moved.behavior is not None
-    assert_close(moved.log_prob, moved.behavior.log_prob, atol=1e-5, rtol=0)
+    assert_close(moved.log_prob, moved.behavior.log_prob, atol=1e-4, rtol=0)
 
 
 @both
