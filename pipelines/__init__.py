@@ -18,6 +18,7 @@ from mmalign.sde import Noise
 # `_class_name` of model_index.json -> adapter
 ADAPTERS = {
     "AuraFlowPipeline": "mmalign.pipelines.aura_flow:AuraFlow",
+    "BriaFibo2Pipeline": "mmalign.pipelines.bria:Fibo2",
     "BriaFiboPipeline": "mmalign.pipelines.bria:Fibo",
     "BriaPipeline": "mmalign.pipelines.bria:Bria",
     "ChromaPipeline": "mmalign.pipelines.flux:Chroma",

@@ -1,14 +1,15 @@
-"""Bria 3.2 and FIBO, whose networks grew out of that of FLUX.1."""
+"""Bria 3.2 and FIBO, whose networks grew out of that of FLUX.1, and Fibo 2.0, whose own did of Z-Image's."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmalign.pipelines.family import Family, Standardized, schedule
+from mmalign.pipelines.family import Family, FoldedStatistics, Standardized, filled, schedule
 from mmalign.pipelines.flow import Condition
 from mmalign.pipelines.flux import Flux
 
@@ -90,3 +91,49 @@ class Fibo(Standardized, Family):
 
     def latents(self, media: Tensor) -> Tensor:
         return super().latents(media[:, :, None])[:, :, 0]
+
+
+class Fibo2(FoldedStatistics, Family):
+    """Adapter of `BriaFibo2Pipeline`, text to image: some blocks see layers of the text's encoder.
+
+    Captions in JSON lose what is empty in them, as those of its training. The encoder is shown no pictures
+    of the texts that a caption asks for (`render_text_images=False`). Where there is no negative prompt,
+    guidance leads away from the empty caption that it was trained with.
+    """
+
+    kind = "BriaFibo2Pipeline"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def encode(self, text: str) -> Condition:
+        caption, _ = self.pipeline._parse_prompt(text)
+        if not isinstance(caption, str):
+            text = json.dumps(caption or {}, separators=(",", ":"), ensure_ascii=False)
+        return self._encode(text)
+
+    def encode_negative(self, text: str, pictures: Tensor) -> Condition:
+        from diffusers.pipelines.bria_fibo2.pipeline_bria_fibo2 import DEFAULT_NEGATIVE_PROMPT
+
+        return self._encode(text or DEFAULT_NEGATIVE_PROMPT)
+
+    def _encode(self, text: str) -> Condition:
+        (bundles,), _ = self.pipeline.encode_prompt([text], device=self.device)
+        tokens = bundles.transpose(0, 1).flatten(1)
+        kept, mask = filled(tokens, self.max_sequence_length, text)
+        return {"embeds": kept, "mask": mask}
+
+    def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        tokens, seen = condition["embeds"], 1 + len(self.config.injection_layer_ids)
+        velocity: Tensor = network(
+            hidden_states=x.to(tokens.dtype),
+            timestep=sigma,
+            encoder_hidden_states=tokens.unflatten(2, (seen, -1)).transpose(1, 2),
+            encoder_attention_mask=condition["mask"],
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def from_vae(self, raw: Tensor) -> Tensor:
+        return F.pixel_shuffle(super().from_vae(raw), 2)
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        return super().to_vae(F.pixel_unshuffle(latents, 2))

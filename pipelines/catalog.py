@@ -80,6 +80,12 @@ MODELS = {
     ),
     "BriaPipeline": ("Bria 3.2", "text to image", "its LoRA as of Ovis-Image"),
     "BriaFiboPipeline": ("FIBO", "text to image", "every block sees a layer of the text's encoder"),
+    "BriaFibo2Pipeline": (
+        "Fibo 2.0",
+        "text to image",
+        "captions in JSON, of up to `policy.max_sequence_length` tokens; without pictures of their texts "
+        "(`render_text_images=False`)",
+    ),
     "LuminaPipeline": (
         "Lumina-Next",
         "text to image",
@@ -163,7 +169,6 @@ ABSENT = {
     ),
     "no adapter yet": (
         "Kandinsky3Pipeline",
-        "BriaFibo2Pipeline",
         "PRXPixelPipeline",
         "ZImageOmniPipeline",
         "OmniGenPipeline",

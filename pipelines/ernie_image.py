@@ -6,15 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmalign.pipelines.family import Family, filled, schedule
+from mmalign.pipelines.family import Family, FoldedStatistics, filled, schedule
 from mmalign.pipelines.flow import Condition
 
 EPSILON = 1e-5  # of the autoencoder's variances, as it was trained, whatever its configuration says
 
 
-class ErnieImage(Family):
+class ErnieImage(FoldedStatistics, Family):
     """Adapter of `ErnieImagePipeline`: latents are FLUX.2's, four places in one.
 
     Prompts are taken as they are, as with `use_pe=False`: `policy.leave_out: [pe]` does not load what would
@@ -48,11 +47,3 @@ class ErnieImage(Family):
         norm = self.pipeline.vae.bn
         std = (norm.running_var + EPSILON).sqrt()
         return norm.running_mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
-
-    def from_vae(self, raw: Tensor) -> Tensor:
-        mean, std = self._moments()
-        return (F.pixel_unshuffle(raw, 2) - mean) / std
-
-    def to_vae(self, latents: Tensor) -> Tensor:
-        mean, std = self._moments()
-        return F.pixel_shuffle(latents * std + mean, 2)

@@ -251,6 +251,25 @@ class Standardized:
         return latents * std + mean
 
 
+class FoldedStatistics:
+    """Latents of FLUX.2's autoencoder, two by two places in one, in units of the statistics of those."""
+
+    pipeline: Any
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        vae = self.pipeline.vae
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
+        return vae.bn.running_mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
+
+    def from_vae(self, raw: Tensor) -> Tensor:
+        mean, std = self._moments()
+        return (F.pixel_unshuffle(raw, 2) - mean) / std
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        mean, std = self._moments()
+        return F.pixel_shuffle(latents * std + mean, 2)
+
+
 def read(kind: str, settings: PolicySettings, components: Sequence[str] = ("transformer",)) -> Any:
     """The diffusers pipeline `kind` of a model, without the parts that it does not have or that are left out.
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.contracts import PolicySettings
-from mmalign.pipelines.family import Family
+from mmalign.pipelines.family import Family, FoldedStatistics
 from mmalign.pipelines.flow import Condition
 
 
-class Flux2(Family):
+class Flux2(FoldedStatistics, Family):
     """Adapter of `Flux2Pipeline`: latents are the autoencoder's, four places in one, of its own statistics.
 
     Pictures that a prompt names as its source are references, as many for every prompt. What dev is told its
@@ -76,21 +76,6 @@ class Flux2(Family):
         high, wide = (torch.arange(side, device=x.device) for side in x.shape[2:])
         none = torch.zeros(1, device=x.device, dtype=torch.int64)
         return torch.cartesian_prod(none + first, high, wide, none)
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        vae = self.pipeline.vae
-        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-        return vae.bn.running_mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
-
-    def from_vae(self, raw: Tensor) -> Tensor:
-        mean, std = self._moments()
-        folded: Tensor = self.pipeline._patchify_latents(raw)
-        return (folded - mean) / std
-
-    def to_vae(self, latents: Tensor) -> Tensor:
-        mean, std = self._moments()
-        raw: Tensor = self.pipeline._unpatchify_latents(latents * std + mean)
-        return raw
 
 
 class Flux2Klein(Flux2):

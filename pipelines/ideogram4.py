@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmalign.pipelines.family import Family, schedule
+from mmalign.pipelines.family import Family, FoldedStatistics, schedule
 from mmalign.pipelines.flow import Condition
 
 
-class Ideogram4(Family):
+class Ideogram4(FoldedStatistics, Family):
     """Adapter of `Ideogram4Pipeline`: a second network, which sees no text and is not trained, guides it.
 
     With w of `policy.guidance`, a step goes by w c + (1 - w) u. The pipeline's own list of w by steps is that
@@ -84,11 +84,6 @@ class Ideogram4(Family):
         return -found[:, words:].transpose(1, 2).reshape(x.shape)
 
     # ---- media
-
-    def _moments(self) -> tuple[Tensor, Tensor]:
-        vae = self.pipeline.vae
-        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
-        return vae.bn.running_mean.reshape(1, -1, 1, 1), std.reshape(1, -1, 1, 1)
 
     def from_vae(self, raw: Tensor) -> Tensor:
         n, channels, high, wide = raw.shape

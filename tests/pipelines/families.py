@@ -28,10 +28,10 @@ class Row:
     else of them. begun: noise with the pictures in it, where a call that is given noise does not put them in.
     sources: pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time.
     own_picture: it takes a picture for each prompt, and else the same for all. negative: it takes a negative
-    prompt. true_guidance: it has another than what the network is told. takes_length: it takes a
-    max_sequence_length. takes_size: it is told height and width. loads_lora: it can load a LoRA, and not just
-    its denoiser. peft_lora: neither can. prepare: what is set in the plain pipeline before a call. shown:
-    what we make of what it draws.
+    prompt. own_negative: it has one where none is given. true_guidance: it has another than what the network
+    is told. takes_length: it takes a max_sequence_length. takes_size: it is told height and width.
+    loads_lora: it can load a LoRA, and not just its denoiser. peft_lora: neither can. prepare: what is set in
+    the plain pipeline before a call. shown: what we make of what it draws.
     """
 
     build: Callable[[], Any]
@@ -46,6 +46,7 @@ class Row:
     one_by_one: bool = False
     own_picture: bool = False
     negative: bool = True
+    own_negative: bool = False
     true_guidance: bool = True
     takes_length: bool = True
     takes_size: bool = True
@@ -342,9 +343,14 @@ def qwen3_vl(kind: str, tokens: Any, layers: int) -> Any:
     return getattr(transformers, kind)(config)
 
 
+def qwen3_processor(tokens: Any) -> Any:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    return Qwen3VLProcessor(Qwen2VLImageProcessor(), tokens, Qwen3VLVideoProcessor(), chat_template=CHAT)
+
+
 def qwen21() -> Any:
     import diffusers
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     tokens = words_tokenizer()
     return diffusers.QwenImage21Pipeline(
@@ -369,9 +375,7 @@ def qwen21() -> Any:
             latents_std=[1.2, 0.8, 1.0, 1.5],
         ),
         text_encoder=qwen3_vl("Qwen3VLForConditionalGeneration", tokens, 2),
-        processor=Qwen3VLProcessor(
-            Qwen2VLImageProcessor(), tokens, Qwen3VLVideoProcessor(), chat_template=CHAT
-        ),
+        processor=qwen3_processor(tokens),
     )
 
 
@@ -694,7 +698,6 @@ def eightfold_vae() -> Any:
 def nucleus_image() -> Any:
     import diffusers
     from diffusers.pipelines.nucleusmoe_image import pipeline_nucleusmoe_image as plain
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     tokens = words_tokenizer(known=plain.DEFAULT_SYSTEM_PROMPT)
     network = diffusers.NucleusMoEImageTransformer2DModel(
@@ -719,9 +722,7 @@ def nucleus_image() -> Any:
         scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
         vae=qwen_vae(),
         text_encoder=qwen3_vl("Qwen3VLForConditionalGeneration", tokens, 8),
-        processor=Qwen3VLProcessor(
-            Qwen2VLImageProcessor(), tokens, Qwen3VLVideoProcessor(), chat_template=CHAT
-        ),
+        processor=qwen3_processor(tokens),
     )
 
 
@@ -789,6 +790,39 @@ def fibo() -> Any:
             )
         ),
         tokenizer=tokens,
+    )
+
+
+def fibo2() -> Any:
+    import diffusers
+
+    network = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=4,
+        dim=24,
+        n_layers=6,
+        n_refiner_layers=1,
+        n_heads=2,
+        cap_feat_dim=3 * 16,
+        injection_layer_ids=(0, 1, 2, 3, 4),
+        perceiver_num_layers=1,
+        min_num_gist_tokens=4,
+        max_num_gist_tokens=12,
+        gist_step=2,
+        gist_min_text_len=20,
+        gist_max_text_len=100,
+        axes_dims=(4, 4, 4),
+        axes_lens=(64, 64, 64),
+    )
+    for name, weights in network.named_parameters():
+        if name.endswith("cross_attn_gate"):  # that begins with 0
+            torch.nn.init.normal_(weights)
+    tokens = words_tokenizer()
+    return diffusers.BriaFibo2Pipeline(
+        transformer=network,
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
+        vae=flux2_vae(),
+        text_encoder=qwen3_vl("Qwen3VLForConditionalGeneration", tokens, 36),
+        processor=qwen3_processor(tokens),
     )
 
 
@@ -1132,7 +1166,7 @@ def flux2(kind: str = "Flux2Pipeline") -> Any:
 def flux2_vae() -> Any:
     from diffusers import AutoencoderKLFlux2
 
-    return AutoencoderKLFlux2(
+    vae = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(4, 4, 8),
@@ -1141,6 +1175,9 @@ def flux2_vae() -> Any:
         norm_num_groups=2,
         sample_size=32,
     )
+    torch.nn.init.uniform_(vae.bn.running_mean, -0.2, 0.2)
+    torch.nn.init.uniform_(vae.bn.running_var, 0.7, 1.5)
+    return vae
 
 
 def mistral3(tokens: Any, layers: int) -> Any:
@@ -1699,6 +1736,13 @@ FAMILIES = {
         {"max_sequence_length": 48},
         size=(64, 96),
         latents=lambda x: x.flatten(2).transpose(1, 2),
+    ),
+    "BriaFibo2Pipeline": Row(
+        fibo2,
+        lambda s: {"guidance_scale": s.guidance, "render_text_images": False},
+        {"max_sequence_length": 260},
+        takes_length=False,
+        own_negative=True,
     ),
     "KolorsPipeline": Row(kolors, call_scale, takes_length=False, prepare=by_ddim),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),

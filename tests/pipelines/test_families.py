@@ -1,6 +1,7 @@
 """Every adapter is its diffusers pipeline, number for number, and trains as a LoRA that diffusers loads."""
 
 import copy
+import json
 import math
 import re
 import sys
@@ -153,7 +154,7 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
     for part in ([0], [1]) if row.one_by_one else ([0, 1],):
         asked = {"prompt": [TEXTS[i] for i in part], "latents": noise[part]}
         asked |= {name: value[part] for name, value in besides.items()}
-        if row.negative:
+        if row.negative and not (row.own_negative and not settings.negative_prompt):
             asked["negative_prompt"] = [settings.negative_prompt] * len(part)
         out = plain(**call, **asked)
         drawn.append(out.images if hasattr(out, "images") else out.frames)
@@ -367,11 +368,40 @@ def test_schedules_of_distilled_models_are_their_own(world):
         policy.adapter.sigmas(3, policy.shape)
 
 
-@pytest.mark.parametrize("name", ["QwenImage21Pipeline", "ErnieImagePipeline"])
+@pytest.mark.parametrize("name", ["QwenImage21Pipeline", "ErnieImagePipeline", "BriaFibo2Pipeline"])
 def test_texts_that_a_model_takes_whole_are_not_cut(world, name):
     policy = policy_of(world, name, max_sequence_length=2)
     with pytest.raises(ValueError, match=r"policy\.max_sequence_length is 2, .* of 'a red cat' it sees \d"):
         policy.images(prompts_of(TEXTS, 1), 2, KEY)
+
+
+def test_captions_in_json_lose_what_is_empty_in_them(world, monkeypatch):
+    row, _, plain, files, _ = world("BriaFibo2Pipeline")
+    written = {"short_description": "a red cat", "lighting": {}, "text_render": [{"text": "hi"}]}
+    plainly = {"structured_caption": "two blue dogs", "edit_instruction": "none"}
+    captions = [json.dumps(caption, indent=1) for caption in (written, plainly)]
+    monkeypatch.setattr(sys.modules[__name__], "TEXTS", captions)
+    policy = policy_of(world, "BriaFibo2Pipeline")
+    assert_close(
+        policy.images(prompts_for(row, files), STEPS, KEY),
+        theirs(policy, plain, row, files),
+        atol=1e-5,
+        rtol=0,
+    )
+    shorter = json.dumps({k: v for k, v in written.items() if v}, separators=(",", ":"))
+    seen, compact, plain_text = (policy.adapter.encode(text) for text in (captions[0], shorter, "a red cat"))
+    assert torch.equal(seen["embeds"], compact["embeds"])
+    assert seen["mask"].sum() > plain_text["mask"].sum()
+
+
+def test_pictures_are_latents_in_the_statistics_of_fibo2s_autoencoder(world):
+    plain = world("BriaFibo2Pipeline")[2]
+    adapter = policy_of(world, "BriaFibo2Pipeline").adapter
+    media = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        (own,) = plain.prepare_image_latents([media * 2 - 1], 1, media.device, media.dtype)
+        assert_close(adapter.latents(media), own, atol=1e-6, rtol=1e-6)
+        assert_close(adapter.to_vae(adapter.from_vae(own)), own, atol=1e-6, rtol=1e-6)
 
 
 def test_pictures_given_to_a_model_of_transparent_ones_are_opaque(world):
