@@ -59,6 +59,7 @@ ADAPTERS = {
     "SanaPipeline": "mmalign.pipelines.sana:Sana",
     "WanImageToVideoPipeline": "mmalign.pipelines.wan:WanImageToVideo",
     "WanPipeline": "mmalign.pipelines.wan:Wan",
+    "ZImageOmniPipeline": "mmalign.pipelines.z_image:ZImageOmni",
     "ZImagePipeline": "mmalign.pipelines.z_image:ZImage",
     "StableDiffusion3Pipeline": "mmalign.pipelines.sd3:SD3",
     "StableDiffusionPipeline": "mmalign.pipelines.sd:StableDiffusion",

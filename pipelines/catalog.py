@@ -37,6 +37,11 @@ MODELS = {
         "Ovis-Image",
     ),
     "ZImagePipeline": ("Z-Image, Z-Image-Turbo", "text to image", "guidance is the pipeline's scale plus 1"),
+    "ZImageOmniPipeline": (
+        "Z-Image-Omni",
+        "text to image",
+        "guidance as of Z-Image; `policy.leave_out: [siglip, siglip_processor]` saves the memory",
+    ),
     "Lumina2Pipeline": ("Lumina-Image 2.0", "text to image", "guidance keeps the norm of each row of places"),
     "AuraFlowPipeline": ("AuraFlow", "text to image", ""),
     "SanaPipeline": ("Sana", "text to image", "instructions before the prompt; any size"),
@@ -170,7 +175,6 @@ ABSENT = {
     "no adapter yet": (
         "Kandinsky3Pipeline",
         "PRXPixelPipeline",
-        "ZImageOmniPipeline",
         "OmniGenPipeline",
         "DreamLitePipeline",
         "LDMTextToImagePipeline",

@@ -169,6 +169,11 @@ class HunyuanVideo15(VideoFamily):
             )
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """As of Qwen-Image."""
+        return (f"transformer_blocks.{self.config.num_layers - 1}.attn.to_add_out",)
+
+    @property
     def patch(self) -> int:  # type: ignore[override]
         return int(self.config.patch_size)
 

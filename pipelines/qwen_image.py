@@ -18,6 +18,11 @@ class QwenImage(Standardized, Family):
     kind = "QwenImagePipeline"
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """What the last block makes of the text is not read."""
+        return (f"transformer_blocks.{self.config.num_layers - 1}.attn.to_add_out",)
+
+    @property
     def channels(self) -> int:
         return int(self.config.in_channels) // 4
 

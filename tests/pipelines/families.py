@@ -881,13 +881,20 @@ def longcat_image() -> Any:
 # ---- Z-Image
 
 
-def z_image() -> Any:
-    from diffusers import ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
+def z_image(kind: str = "ZImagePipeline") -> Any:
+    import diffusers
+    import transformers
 
     tokens = words_tokenizer()
-    return ZImagePipeline(
-        transformer=ZImageTransformer2DModel(
+    parts: dict[str, Any] = {}
+    if "Omni" in kind:
+        seen = transformers.Siglip2VisionConfig(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=16
+        )
+        parts["siglip"] = transformers.Siglip2VisionModel(seen)
+        parts["siglip_processor"] = transformers.Siglip2ImageProcessor()
+    return getattr(diffusers, kind)(
+        transformer=diffusers.ZImageTransformer2DModel(
             in_channels=4,
             dim=32,
             n_layers=1,
@@ -895,13 +902,17 @@ def z_image() -> Any:
             n_heads=2,
             n_kv_heads=2,
             cap_feat_dim=16,
+            siglip_feat_dim=16 if parts else None,
             axes_dims=[4, 6, 6],
             axes_lens=[256, 64, 64],
         ),
         scheduler=flow(shift=3.0),
         vae=image_vae(),
-        text_encoder=Qwen3Model(Qwen3Config(vocab_size=len(tokens), head_dim=8, **SMALL)),
+        text_encoder=transformers.Qwen3Model(
+            transformers.Qwen3Config(vocab_size=len(tokens), head_dim=8, **SMALL)
+        ),
         tokenizer=tokens,
+        **parts,
     )
 
 
@@ -1672,6 +1683,11 @@ FAMILIES = {
         loads_lora=False,
     ),
     "ZImagePipeline": Row(z_image, lambda s: {"guidance_scale": s.guidance - 1}, {"max_sequence_length": 48}),
+    "ZImageOmniPipeline": Row(
+        lambda: z_image("ZImageOmniPipeline"),
+        lambda s: {"guidance_scale": s.guidance - 1},
+        {"max_sequence_length": 48},
+    ),
     "WanPipeline": Row(wan, call_scale, frames=5),
     "WanPipeline 5B": Row(lambda: wan(expand_timesteps=True), call_scale, frames=5),
     "WanPipeline A14B": Row(lambda: wan(experts=True), call_scale, frames=5),

@@ -231,6 +231,18 @@ def test_a_step_of_training_changes_the_lora_alone_and_diffusers_loads_it(world,
 
 
 @pytest.mark.parametrize("name", MARKED)
+def test_every_adapter_of_a_family_has_a_part_in_its_predictions(world, name):
+    """Ranks that exchange gradients wait for those of all parameters."""
+    row, _, _, files, _ = world(name)
+    policy = policy_of(world, name, FlowGRPO().noise, guidance=1.0)
+    trajectory = policy.sample(prompts_for(row, files), Plan(3, (0, 1)), KEY)
+    pick = Pick(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
+    policy.evaluate(trajectory, pick).log_prob.sum().backward()
+    trained = {n: p.grad for n, p in policy.module.named_parameters() if p.requires_grad}
+    assert not [n for n, slope in trained.items() if slope is None]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_a_family_tells_what_actions_were_taken_in(world, name):
     row, _, _, files, _ = world(name)
     policy = policy_of(world, name, FlowGRPO().noise, guidance=1.0)
@@ -373,6 +385,18 @@ def test_texts_that_a_model_takes_whole_are_not_cut(world, name):
     policy = policy_of(world, name, max_sequence_length=2)
     with pytest.raises(ValueError, match=r"policy\.max_sequence_length is 2, .* of 'a red cat' it sees \d"):
         policy.images(prompts_of(TEXTS, 1), 2, KEY)
+
+
+def test_z_image_omni_needs_no_encoder_of_pictures(world):
+    folder = world("ZImageOmniPipeline")[1]
+    settings = PolicySettings(
+        str(folder), height=32, width=48, max_sequence_length=48, leave_out=("siglip", "siglip_processor")
+    )
+    policy = load(settings, Noise())
+    assert policy.adapter.pipeline.siglip is None
+    whole = policy_of(world, "ZImageOmniPipeline", guidance=settings.guidance)
+    found, expected = (p.images(prompts_of(TEXTS, 1), 2, KEY) for p in (policy, whole))
+    assert torch.equal(found, expected)
 
 
 def test_captions_in_json_lose_what_is_empty_in_them(world, monkeypatch):
