@@ -104,11 +104,11 @@ def instrument(run: Run, watch: Stopwatch) -> None:
     policy, trainer = run.policy, run.trainer
     watch_module(run.distributed.unwrap(policy.module), "network forward", watch)
     if not isinstance(policy, CaptionPolicy):
-        pipeline = policy.adapter.pipeline
-        for name, part in pipeline.components.items():
+        adapter = policy.adapter
+        for name, part in adapter.pipeline.components.items():
             if isinstance(part, nn.Module) and name.startswith("text_encoder"):
                 watch_module(part, "text encoders", watch)
-        pipeline.vae.decode = watch.wrap("VAE", pipeline.vae.decode)
+        adapter.decode = watch.wrap("VAE", adapter.decode)  # type: ignore[method-assign]
     run.distributed.backward = watch.wrap("network backward", run.distributed.backward)  # type: ignore[method-assign]
     optimizer = trainer.learner.optimizer
     optimizer.step = watch.wrap("optimizer", optimizer.step)  # type: ignore[method-assign]

@@ -44,6 +44,7 @@ ADAPTERS = {
     "LTXPipeline": "mmalign.pipelines.ltx:LTX",
     "Lumina2Pipeline": "mmalign.pipelines.lumina2:Lumina2",
     "Ideogram4Pipeline": "mmalign.pipelines.ideogram4:Ideogram4",
+    "Kandinsky3Pipeline": "mmalign.pipelines.kandinsky3:Kandinsky3",
     "KolorsPipeline": "mmalign.pipelines.kolors:Kolors",
     "Krea2Pipeline": "mmalign.pipelines.krea2:Krea2",
     "LongCatImagePipeline": "mmalign.pipelines.ovis_image:LongCatImage",

@@ -113,7 +113,9 @@ def blank_policy(settings: PolicySettings, noise: Noise, split: Split = "whole")
     frozen = DTYPES[settings.precision]
     for part, network in pipeline.components.items():
         if isinstance(network, nn.Module):
-            whole = part == "vae" or (part in DENOISERS and not settings.lora.rank)
+            whole = part == getattr(adapter, "autoencoder", "vae") or (
+                part in DENOISERS and not settings.lora.rank
+            )
             nn.Module.to(network, torch.float32 if whole else frozen)
     policy = FlowPolicy(adapter, settings, noise, META, split=split, chunk=settings.chunk)
     for network in policy._parts.values():

@@ -96,6 +96,12 @@ MODELS = {
         "text to image",
         "three channels are guided; its LoRA as of PixArt-alpha",
     ),
+    "Kandinsky3Pipeline": (
+        "Kandinsky 3",
+        "text to image",
+        "predicts noise; sampled by DDIM on clipped estimates, which `noise: {kind: ddim, level: 1}` makes "
+        "its own DDPM; guidance is the pipeline's scale plus 1; its LoRA as of PixArt-alpha",
+    ),
     "KolorsPipeline": ("Kolors", "text to image", "predicts noise; sampled by DDIM"),
     "HiDreamImagePipeline": (
         "HiDream-I1",
@@ -173,7 +179,6 @@ ABSENT = {
         "Kandinsky5T2IPipeline",
     ),
     "no adapter yet": (
-        "Kandinsky3Pipeline",
         "PRXPixelPipeline",
         "OmniGenPipeline",
         "DreamLitePipeline",

@@ -34,20 +34,23 @@ ATTENTION = (
 class Family:
     """Adapter of pictures; an empty pipeline is read from `settings.model`.
 
-    kind: name of the diffusers pipeline. patch: places of the latent along a side of one token. default_side:
-    places along a side of a picture, where the network's configuration has no `sample_size`. rescales: it
-    takes a `guidance_rescale`.
+    kind: name of the diffusers pipeline. autoencoder: what it calls its own. patch: places of the latent
+    along a side of one token. default_side: places along a side of a picture, where the network's
+    configuration has no `sample_size`. rescales: it takes a `guidance_rescale`.
     """
 
     kind: str
     component = "transformer"
+    autoencoder = "vae"
     lora_targets: tuple[str, ...] = ATTENTION
     patch = 2
     default_side = 128
     rescales = False
 
     def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
-        self.pipeline: Any = read(self.kind, settings) if pipeline is None else pipeline
+        if pipeline is None:
+            pipeline = read(self.kind, settings, (self.component,), self.autoencoder)
+        self.pipeline: Any = pipeline
         self.settings, self.max_sequence_length = settings, settings.max_sequence_length
         self.network: nn.Module = getattr(self.pipeline, self.component)
         self.read_schedule()
@@ -284,17 +287,23 @@ class FoldedStatistics:
         return F.pixel_shuffle(latents * std + mean, 2)
 
 
-def read(kind: str, settings: PolicySettings, components: Sequence[str] = ("transformer",)) -> Any:
+def read(
+    kind: str,
+    settings: PolicySettings,
+    components: Sequence[str] = ("transformer",),
+    autoencoder: str = "vae",
+) -> Any:
     """The diffusers pipeline `kind` of a model, without the parts that it does not have or that are left out.
 
-    components: its denoisers, which are in fp32 where all of their weights are trained.
+    components: its denoisers, which are in fp32 where all of their weights are trained. autoencoder: what it
+    calls its own.
     """
     import diffusers
 
     pipeline, frozen = getattr(diffusers, kind), DTYPES[settings.precision]
     dtypes = {name: frozen if settings.lora.rank else torch.float32 for name in components}
     # The half-precision errors of a decoder are visible, and it is a small part of the cost.
-    dtypes |= {"vae": torch.float32, "default": frozen}
+    dtypes |= {autoencoder: torch.float32, "default": frozen}
     index = pipeline.load_config(settings.model)
     absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
     for name in settings.leave_out:
@@ -306,35 +315,35 @@ def read(kind: str, settings: PolicySettings, components: Sequence[str] = ("tran
         for name in absent
         if (tokenizer := name.replace("text_encoder", "tokenizer")) in index and tokenizer not in absent
     ]
-    parts = dict.fromkeys(absent) | other_vae(settings, index)
+    parts = dict.fromkeys(absent) | other_vae(settings, index, autoencoder)
     return pipeline.from_pretrained(settings.model, dtype=dtypes, **parts)
 
 
-def other_vae(settings: PolicySettings, index: Mapping[str, Any]) -> dict[str, Any]:
+def other_vae(settings: PolicySettings, index: Mapping[str, Any], name: str = "vae") -> dict[str, Any]:
     """The autoencoder that the settings name in place of the pipeline's own, in fp32, if they name one.
 
-    index: what the pipeline says of its parts.
+    index: what the pipeline says of its parts. name: what it calls this one.
     """
     import diffusers
 
     if settings.vae is None:
         return {}
-    kind = getattr(diffusers, index["vae"][1])
+    kind = getattr(diffusers, index[name][1])
     try:
         vae = kind.from_pretrained(settings.vae, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.vae: {settings.vae} does not load as {kind.__name__}: {error}") from error
-    own = kind.load_config(settings.model, subfolder="vae")
-    for name in ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"):
-        given, known = vae.config.get(name), own.get(name)
-        if name == "block_out_channels":  # as many levels, or latents are of another size
+    own = kind.load_config(settings.model, subfolder=name)
+    for size in ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"):
+        given, known = vae.config.get(size), own.get(size)
+        if size == "block_out_channels":  # as many levels, or latents are of another size
             given, known = (len(widths) if widths else None for widths in (given, known))
         if given != known:
             raise ValueError(
-                f"policy.vae: {settings.vae} has {name} {given}, and the model's own {known}; it must have "
+                f"policy.vae: {settings.vae} has {size} {given}, and the model's own {known}; it must have "
                 "the same latents"
             )
-    return {"vae": vae}
+    return {name: vae}
 
 
 def check_schedule(scheduler: Any) -> None:

@@ -275,6 +275,10 @@ class FlowPolicy:
             else:
                 part.float().requires_grad_(True)
             if settings.gradient_checkpointing:
+                if not part._supports_gradient_checkpointing:
+                    raise ValueError(
+                        f"policy.gradient_checkpointing must be false: a {self._classes[name]} has none"
+                    )
                 part.enable_gradient_checkpointing()
         self.module: nn.Module = self._network
         self.copies = Copies(self._network)
@@ -653,12 +657,15 @@ class FlowPolicy:
         unfinished.rename(folder / component)
 
     def _save_lora(self, folder: Path, component: str, part: Any, state: Mapping[str, Tensor] | None) -> None:
-        from diffusers.loaders import SD3LoraLoaderMixin
+        from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
         from peft import get_peft_model_state_dict
 
         # Every pipeline writes its denoiser's layers alike; not every one that reads them can write them.
         pipeline = type(self.adapter.pipeline)
-        writer = pipeline if hasattr(pipeline, "save_lora_weights") else SD3LoraLoaderMixin
+        writer: Any = pipeline
+        if not hasattr(pipeline, "save_lora_weights"):
+            unet = self.adapter.component == "unet"
+            writer = StableDiffusionLoraLoaderMixin if unet else SD3LoraLoaderMixin
         layers = get_peft_model_state_dict(part, state_dict=dict(state) if state else None)
         if not takes_adapters(part):
             write_adapter(folder, self.settings, part.peft_config["default"].target_modules, layers)

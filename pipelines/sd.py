@@ -16,7 +16,7 @@ Whatever scheduler the model comes with, it is sampled by DDIM on that scheduler
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Diffusion:
     """
 
     pipeline: Any
+    scheduler: Any
     rescale = 0.0
 
     def read_table(self, kind: Any) -> None:
@@ -50,13 +51,17 @@ class Diffusion:
             raise ValueError(
                 f"it predicts {config.prediction_type}, and can predict {' or '.join(PREDICTIONS)}"
             )
-        if config.get("clip_sample") or config.get("thresholding"):
-            raise ValueError("its scheduler clips the clean estimate, and steps with a clip have no density")
+        self.read_clip(config)
         self.scheduler = kind.from_config(config, clip_sample=False)
         self.predicts_noise = config.prediction_type == "epsilon"
         self.levels = sigma_of(self.scheduler.alphas_cumprod)
         if self.predicts_noise and self.levels[-1] >= 1:
             raise ValueError("its table ends in pure noise, of which a prediction of the noise says nothing")
+
+    def read_clip(self, config: Mapping[str, Any]) -> None:
+        """ValueError where the scheduler of this configuration clips its clean estimates."""
+        if config.get("clip_sample") or config.get("thresholding"):
+            raise ValueError("its scheduler clips the clean estimate, and steps with a clip have no density")
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         """The levels of the scheduler's timesteps, and the one that it takes for clean."""

@@ -57,10 +57,11 @@ class Row:
 
     def load_lora(self, pipeline: Any, folder: Path) -> None:
         """As a user of plain diffusers does it, or of peft where diffusers cannot."""
+        network = "unet" if hasattr(pipeline, "unet") else "transformer"
         if self.peft_lora:
             from peft import PeftModel
 
-            pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, folder)
+            setattr(pipeline, network, PeftModel.from_pretrained(getattr(pipeline, network), folder))
             return
         if self.loads_lora:
             pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
@@ -69,14 +70,15 @@ class Row:
                 pipeline.load_lora_weights(folder, weight_name=second, load_into_transformer_2=True)
         else:
             file = "pytorch_lora_weights.safetensors"
-            pipeline.transformer.load_lora_adapter(folder, prefix="transformer", weight_name=file)
+            getattr(pipeline, network).load_lora_adapter(folder, prefix=network, weight_name=file)
 
     def unload_lora(self, pipeline: Any) -> None:
-        if self.peft_lora:
-            pipeline.transformer = pipeline.transformer.unload()
-            return
         for name in ("transformer", "transformer_2", "unet"):
-            if (network := getattr(pipeline, name, None)) is not None:
+            if (network := getattr(pipeline, name, None)) is None:
+                continue
+            if self.peft_lora:
+                setattr(pipeline, name, network.unload())
+            else:
                 network.unload_lora()
 
 
@@ -1548,6 +1550,58 @@ def by_ddim(pipeline: Any, settings: PolicySettings) -> None:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 
 
+# ---- Kandinsky 3
+
+
+def kandinsky3() -> Any:
+    import diffusers
+
+    tokens = _t5_tokenizer()
+    network = diffusers.Kandinsky3UNet(
+        in_channels=4,
+        time_embedding_dim=8,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=2,
+        block_out_channels=(8, 8, 8, 16),
+        cross_attention_dim=8,
+        encoder_hid_dim=32,
+    )
+    still = [part[-1] for name, part in network.named_modules() if name.endswith("context_mlp")]
+    for part in (
+        *still,
+        network.encoder_hid_proj.projection_norm,
+    ):  # which begin with 0, as nothing told them
+        torch.nn.init.normal_(part.weight, 0.0, 0.2)
+        torch.nn.init.normal_(part.bias, 0.0, 0.2)
+    return diffusers.Kandinsky3Pipeline(
+        unet=network,
+        scheduler=diffusers.DDPMScheduler(  # as published
+            beta_schedule="squaredcos_cap_v2", steps_offset=1, timestep_spacing="leading"
+        ),
+        movq=diffusers.VQModel(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(32, 32, 32, 32),  # as few as norms of this kind take
+            latent_channels=4,
+            norm_type="spatial",
+        ),
+        text_encoder=t5(tokens),
+        tokenizer=tokens,
+    )
+
+
+def by_clipped_ddim(pipeline: Any, settings: PolicySettings) -> None:
+    """DDIM that keeps to the clean estimate that it has clipped, as DDPM does."""
+    from diffusers import DDIMScheduler
+
+    class Clipped(DDIMScheduler):
+        def step(self, *args: Any, **given: Any) -> Any:
+            return super().step(*args, use_clipped_model_output=True, **given)
+
+    pipeline.scheduler = Clipped.from_config(pipeline.scheduler.config)
+
+
 def cogvideo(kind: str = "CogVideoXPipeline", **given: Any) -> Any:
     import diffusers
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
@@ -1761,6 +1815,17 @@ FAMILIES = {
         own_negative=True,
     ),
     "KolorsPipeline": Row(kolors, call_scale, takes_length=False, prepare=by_ddim),
+    "Kandinsky3Pipeline": Row(
+        kandinsky3,
+        lambda s: {"guidance_scale": s.guidance - 1},
+        size=(64, 128),
+        one_by_one=True,  # texts of a batch are cut where the longest ends
+        own_negative=True,
+        takes_length=False,
+        peft_lora=True,
+        prepare=by_clipped_ddim,
+        shown=lambda pictures: (pictures / 2 + 0.5).clamp(0, 1),
+    ),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
     "LTXImageToVideoPipeline": Row(
         lambda: ltx("LTXImageToVideoPipeline", 1.0),  # its pipeline knows no factor when it encodes

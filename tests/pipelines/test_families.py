@@ -24,6 +24,7 @@ from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import ADAPTERS, catalog, load
 from mmalign.pipelines.family import shifted
 from mmalign.pipelines.flow import FlowPolicy
+from mmalign.randomness import generator, normals
 from mmalign.records import Masks, Pick, Plan, Renoise, RewardSignal
 from mmalign.sde import Noise, transition
 from mmalign.testing import prompts_of
@@ -201,7 +202,7 @@ def test_a_step_of_training_changes_the_lora_alone_and_diffusers_loads_it(world,
     row, _, plain, files, _ = world(name)
     asked = [Prompt(text, extra) for text, extra in zip(TEXTS, extras(row, files), strict=True)]
     prompts = PromptSource(asked, 2, 2, 0)
-    policy = policy_of(world, name, FlowGRPO().noise, guidance=2.0)
+    policy = policy_of(world, name, FlowGRPO().noise, guidance=2.5)
     weights = {n: p.detach().clone() for n, p in policy.module.named_parameters()}
     for method in (FlowGRPO(steps=3), DiffusionNFT(steps=2, renoise=Renoise(2))):
         before = {n: p.detach().clone() for n, p in policy.module.named_parameters()}
@@ -294,7 +295,9 @@ def test_a_multistep_solver_gives_way_to_euler_steps_on_its_sigmas(world):
 
 # Theirs is the schedule of a diffusion model, which has no shift.
 UNSHIFTED = [
-    name for name in FAMILIES if name.startswith(("CogVideoX", "CogView3", "HunyuanDiT", "Kolors", "PixArt"))
+    name
+    for name in FAMILIES
+    if name.startswith(("CogVideoX", "CogView3", "HunyuanDiT", "Kandinsky3", "Kolors", "PixArt"))
 ]
 
 
@@ -362,6 +365,58 @@ def test_the_steps_of_distilled_models_are_those_of_cps_at_full_noise(world):
         )[0]
         assert_close(moved.mean + moved.std * drawn, theirs, atol=1e-6, rtol=1e-5)
         x = theirs
+
+
+def test_kandinsky3_with_ddim_noise_is_its_own_clipping_ddpm(world, monkeypatch):
+    """The pipeline as it comes, with our noise; its last step draws next to none."""
+    from diffusers import DDPMScheduler
+    from diffusers.schedulers import scheduling_ddpm
+
+    _, _, plain, _, _ = world("Kandinsky3Pipeline")
+    policy = policy_of(world, "Kandinsky3Pipeline", Noise("ddim", 1.0), guidance=4.0)
+    prompts = prompts_of(TEXTS[:1], 1)
+    drawn = iter([normals([generator(*KEY, "noise", i, 0, 0)], policy.shape) for i in range(3)])
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: next(drawn))
+
+    def theirs(clip: bool):
+        own = DDPMScheduler.from_config(plain.scheduler.config, clip_sample=clip)
+        monkeypatch.setattr(plain, "scheduler", own)
+        latents = initial(prompts, policy.shape, KEY)
+        call = {"height": 64, "width": 128, "num_inference_steps": 3, "guidance_scale": 3.0}
+        return plain(TEXTS[:1], **call, latents=latents, output_type="pt").images / 2 + 0.5
+
+    assert plain.scheduler.config.clip_sample
+    ours = policy.sample(prompts, Plan(3, (0, 1)), KEY).outcome.media
+    assert_close(ours, theirs(clip=True).clamp(0, 1), atol=1e-5, rtol=0)
+    drawn = iter([normals([generator(*KEY, "noise", i, 0, 0)], policy.shape) for i in range(3)])
+    assert (ours - theirs(clip=False).clamp(0, 1)).abs().max() > 1e-2
+
+
+def test_another_autoencoder_takes_the_place_of_that_which_the_pipeline_calls_otherwise(world, tmp_path):
+    folder, plain = world("Kandinsky3Pipeline")[1:3]
+    other = copy.deepcopy(plain.movq)
+    with torch.no_grad():
+        other.decoder.conv_out.bias.add_(0.5)
+    other.save_pretrained(tmp_path)
+    settings = PolicySettings(str(folder), vae=str(tmp_path), lora=LoraSettings(4, 6), precision="bf16")
+    adapter = load(settings, Noise()).adapter
+    assert torch.equal(adapter.pipeline.movq.decoder.conv_out.bias, other.decoder.conv_out.bias)
+    assert {p.dtype for p in adapter.pipeline.movq.parameters()} == {torch.float32}
+    media = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(adapter.latents(media), other.encode(media * 2 - 1).latents)
+
+
+def test_what_guidance_leads_kandinsky3_away_from_is_cut_with_its_prompt(world):
+    row, _, plain, files, _ = world("Kandinsky3Pipeline")
+    longer = "two blue dogs on the left of a white square and a red cat"
+    policy = policy_of(world, "Kandinsky3Pipeline", guidance=3.0, negative_prompt=longer)
+    shown = policy._texts([*TEXTS, longer], 1.0).positives()["mask"].sum(1).tolist()
+    assert shown[0] + 1 < shown[1] < shown[2] - 1
+    ours = policy.images(prompts_for(row, files), STEPS, KEY)
+    assert_close(ours, theirs(policy, plain, row, files), atol=1e-5, rtol=1e-5)
+    alone = policy.images(prompts_of(TEXTS[:1], 1), STEPS, KEY)
+    assert_close(ours[:1], alone, atol=1e-5, rtol=0)
 
 
 def test_schedules_of_distilled_models_are_their_own(world):
@@ -451,6 +506,16 @@ def test_pictures_given_to_a_model_of_transparent_ones_are_opaque(world):
         ("FluxPipeline", {"shift": 0.0}, "policy.shift must be positive, got 0.0"),
         ("HiDreamImagePipeline", {"height": 256, "width": 128}, "this model has 256 places, .* takes 512"),
         ("Flux2KleinPipeline", {"width": 4}, "policy.width must be a multiple of 8"),
+        (
+            "Kandinsky3Pipeline",
+            {"height": 96},
+            "policy.height must be a multiple of 64 for this model, got 96",
+        ),
+        (
+            "Kandinsky3Pipeline",
+            {"gradient_checkpointing": True},
+            "policy.gradient_checkpointing must be false: a Kandinsky3UNet has none",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(world, name, wrong, message):
