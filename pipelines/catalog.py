@@ -45,6 +45,11 @@ MODELS = {
     "Lumina2Pipeline": ("Lumina-Image 2.0", "text to image", "guidance keeps the norm of each row of places"),
     "AuraFlowPipeline": ("AuraFlow", "text to image", ""),
     "SanaPipeline": ("Sana", "text to image", "instructions before the prompt; any size"),
+    "DreamLitePipeline": (
+        "DreamLite",
+        "text to image",
+        "its denoiser loads the LoRA: `unet.load_lora_adapter(folder, prefix='unet', weight_name=...)`",
+    ),
     "PixArtAlphaPipeline": (
         "PixArt-alpha",
         "text to image",
@@ -181,7 +186,6 @@ ABSENT = {
     "no adapter yet": (
         "PRXPixelPipeline",
         "OmniGenPipeline",
-        "DreamLitePipeline",
         "LDMTextToImagePipeline",
     ),
 }

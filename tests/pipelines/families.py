@@ -26,12 +26,13 @@ class Row:
     build: its tiny pipeline. settings: of a policy over it. size: of a picture, not square. call: what a call
     of the plain pipeline needs besides, at the settings. latents: ours as a call takes them. besides: what
     else of them. begun: noise with the pictures in it, where a call that is given noise does not put them in.
-    sources: pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time.
-    own_picture: it takes a picture for each prompt, and else the same for all. negative: it takes a negative
-    prompt. own_negative: it has one where none is given. true_guidance: it has another than what the network
-    is told. takes_length: it takes a max_sequence_length. takes_size: it is told height and width.
-    loads_lora: it can load a LoRA, and not just its denoiser. peft_lora: neither can. prepare: what is set in
-    the plain pipeline before a call. shown: what we make of what it draws.
+    sources: pictures that a prompt names. one_by_one: the plain pipeline takes one prompt at a time. alone:
+    that without a list, and no noise but what it draws. own_picture: it takes a picture for each prompt, and
+    else the same for all. negative: it takes a negative prompt. own_negative: it has one where none is given.
+    true_guidance: it has another than what the network is told. takes_length: it takes a max_sequence_length.
+    takes_size: it is told height and width. loads_lora: it can load a LoRA, and not just its denoiser.
+    peft_lora: neither can. prepare: what is set in the plain pipeline before a call. shown: what we make of
+    what it draws.
     """
 
     build: Callable[[], Any]
@@ -44,6 +45,7 @@ class Row:
     begun: Callable[[Any, Tensor, list[Any], PolicySettings], Tensor] = lambda pipe, noise, pics, s: noise
     sources: int = 0
     one_by_one: bool = False
+    alone: bool = False
     own_picture: bool = False
     negative: bool = True
     own_negative: bool = False
@@ -1486,6 +1488,39 @@ def sana() -> Any:
     )
 
 
+def dreamlite() -> Any:
+    import diffusers
+
+    tokens = words_tokenizer(known="describe the image by detailing color shape size texture and background")
+    return diffusers.DreamLitePipeline(
+        text_encoder=qwen3_vl("Qwen3VLForConditionalGeneration", tokens, 2),
+        tokenizer=tokens,
+        processor=qwen3_processor(tokens),
+        vae=diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+            scaling_factor=0.8,
+            shift_factor=0.1,
+        ),
+        unet=diffusers.DreamLiteUNetModel(
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=16,
+            encoder_hid_dim=16,
+            encoder_hid_dim_type="text_proj_rms",
+            addition_embed_type="time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=16,
+            ff_mult=2,
+        ),
+        scheduler=flow(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.16),
+    )
+
+
 def cogview4() -> Any:
     from diffusers import CogView4Pipeline, CogView4Transformer2DModel
     from transformers import GlmConfig, GlmModel
@@ -1860,6 +1895,14 @@ FAMILIES = {
     "AuraFlowPipeline": Row(aura_flow, call_scale),
     "SanaPipeline": Row(
         sana, lambda s: {"guidance_scale": s.guidance, "use_resolution_binning": False}, size=(32, 64)
+    ),
+    "DreamLitePipeline": Row(
+        dreamlite,
+        call_scale,
+        {"max_sequence_length": 200},
+        one_by_one=True,
+        alone=True,
+        loads_lora=False,
     ),
     "CogView4Pipeline": Row(cogview4, call_scale, {"max_sequence_length": 40}),
     "CogVideoXPipeline": Row(cogvideo, call_scale, frames=5, latents=frames_first),

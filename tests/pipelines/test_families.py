@@ -157,6 +157,10 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
         asked |= {name: value[part] for name, value in besides.items()}
         if row.negative and not (row.own_negative and not settings.negative_prompt):
             asked["negative_prompt"] = [settings.negative_prompt] * len(part)
+        if row.alone:
+            drawn_here = asked.pop("latents")
+            plain.prepare_latents = lambda *_, noise=drawn_here: noise
+            asked = {name: value[0] for name, value in asked.items()}
         out = plain(**call, **asked)
         drawn.append(out.images if hasattr(out, "images") else out.frames)
     return row.shown(torch.cat([torch.as_tensor(part) for part in drawn]))
@@ -452,6 +456,26 @@ def test_z_image_omni_needs_no_encoder_of_pictures(world):
     whole = policy_of(world, "ZImageOmniPipeline", guidance=settings.guidance)
     found, expected = (p.images(prompts_of(TEXTS, 1), 2, KEY) for p in (policy, whole))
     assert torch.equal(found, expected)
+
+
+def test_a_unet_that_is_trained_whole_is_read_as_it_is(world):
+    row, folder, plain, _, _ = world("DreamLitePipeline")
+    settings = PolicySettings(
+        str(folder), height=row.size[0], width=row.size[1], precision="bf16", lora=LoraSettings(0)
+    )
+    policy = load(settings, Noise())
+    own = dict(plain.unet.named_parameters())
+    assert all(torch.equal(p, own[n]) for n, p in policy.module.named_parameters())
+    assert policy.adapter.pipeline.text_encoder.dtype == torch.bfloat16
+
+
+def test_latents_of_dreamlite_are_those_of_its_tiny_autoencoder(world):
+    adapter = policy_of(world, "DreamLitePipeline").adapter
+    media = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        raw = world("DreamLitePipeline")[2].vae.encode(media * 2 - 1).latents
+        assert_close(adapter.latents(media), (raw - 0.1) * 0.8)
+    assert adapter.latent_shape(None, None) == (4, 128, 128)
 
 
 def test_captions_in_json_lose_what_is_empty_in_them(world, monkeypatch):
