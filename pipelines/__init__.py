@@ -39,6 +39,7 @@ ADAPTERS = {
     "HunyuanVideoPipeline": "mmalign.pipelines.hunyuan_video:HunyuanVideo",
     "Flux2KleinPipeline": "mmalign.pipelines.flux2:Flux2Klein",
     "Flux2Pipeline": "mmalign.pipelines.flux2:Flux2",
+    "LDMTextToImagePipeline": "mmalign.pipelines.ldm:LatentDiffusion",
     "LTX2ImageToVideoPipeline": "mmalign.pipelines.ltx2:LTX2ImageToVideo",
     "LTX2Pipeline": "mmalign.pipelines.ltx2:LTX2",
     "LTXImageToVideoPipeline": "mmalign.pipelines.ltx:LTXImageToVideo",

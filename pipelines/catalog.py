@@ -108,6 +108,12 @@ MODELS = {
         "its own DDPM; guidance is the pipeline's scale plus 1; its LoRA as of PixArt-alpha",
     ),
     "KolorsPipeline": ("Kolors", "text to image", "predicts noise; sampled by DDIM"),
+    "LDMTextToImagePipeline": (
+        "LDM",
+        "text to image",
+        "predicts noise; sampled by DDIM; with or without a codebook; its LoRA is for its denoiser: "
+        "`unet.load_lora_adapter(folder, prefix='unet', weight_name=...)`",
+    ),
     "HiDreamImagePipeline": (
         "HiDream-I1",
         "text to image",
@@ -186,7 +192,6 @@ ABSENT = {
     "no adapter yet": (
         "PRXPixelPipeline",
         "OmniGenPipeline",
-        "LDMTextToImagePipeline",
     ),
 }
 

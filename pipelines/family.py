@@ -85,6 +85,10 @@ class Family:
         return getattr(self.pipeline, self.component).config
 
     @property
+    def vae(self) -> Any:
+        return getattr(self.pipeline, self.autoencoder)
+
+    @property
     def scale(self) -> int:
         return int(self.pipeline.vae_scale_factor)
 
@@ -185,19 +189,19 @@ class Family:
 
     def from_vae(self, raw: Tensor) -> Tensor:
         """Latents as the network sees them, from those of the encoder."""
-        config = self.pipeline.vae.config
+        config = self.vae.config
         return (raw - (config.get("shift_factor") or 0.0)) * config.scaling_factor
 
     def to_vae(self, latents: Tensor) -> Tensor:
-        config = self.pipeline.vae.config
+        config = self.vae.config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def decode(self, latents: Tensor) -> Tensor:
-        media: Tensor = self.pipeline.vae.decode(self.to_vae(latents), return_dict=False)[0]
+        media: Tensor = self.vae.decode(self.to_vae(latents), return_dict=False)[0]
         return (media / 2 + 0.5).clamp(0, 1)
 
     def latents(self, media: Tensor) -> Tensor:
-        return self.from_vae(self.pipeline.vae.encode(media * 2 - 1).latent_dist.mode())
+        return self.from_vae(self.vae.encode(media * 2 - 1).latent_dist.mode())
 
 
 class VideoFamily(Family):

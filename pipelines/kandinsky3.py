@@ -89,11 +89,11 @@ class Kandinsky3(PixArtSigma):
         return predicted
 
     def decode(self, latents: Tensor) -> Tensor:
-        media: Tensor = self.pipeline.movq.decode(latents, force_not_quantize=True).sample
+        media: Tensor = self.vae.decode(latents, force_not_quantize=True).sample
         return (media / 2 + 0.5).clamp(0, 1)
 
     def latents(self, media: Tensor) -> Tensor:
-        latents: Tensor = self.pipeline.movq.encode(media * 2 - 1).latents
+        latents: Tensor = self.vae.encode(media * 2 - 1).latents
         return latents
 
 

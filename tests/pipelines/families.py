@@ -1614,14 +1614,51 @@ def kandinsky3() -> Any:
         scheduler=diffusers.DDPMScheduler(  # as published
             beta_schedule="squaredcos_cap_v2", steps_offset=1, timestep_spacing="leading"
         ),
-        movq=diffusers.VQModel(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(32, 32, 32, 32),  # as few as norms of this kind take
-            latent_channels=4,
-            norm_type="spatial",
-        ),
+        movq=codebook(norm_type="spatial"),
         text_encoder=t5(tokens),
+        tokenizer=tokens,
+    )
+
+
+def codebook(**given: Any) -> Any:
+    from diffusers import VQModel
+
+    made = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 32, 32),  # as few as spatial norms take
+        latent_channels=4,
+        **given,
+    )
+    torch.nn.init.normal_(made.quantize.embedding.weight, 0.0, 5.0)  # as wide as unscaled latents
+    return made
+
+
+# ---- Latent diffusion
+
+
+def ldm(vae: Any = None) -> Any:
+    import diffusers
+    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
+
+    tokens = words_tokenizer()
+    return diffusers.LDMTextToImagePipeline(
+        unet=_unet(cross_attention_dim=16),
+        scheduler=diffusers.DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+        ),
+        vqvae=eightfold_vae() if vae is None else vae,
+        bert=LDMBertModel(
+            LDMBertConfig(
+                vocab_size=len(tokens),
+                encoder_layers=1,
+                encoder_ffn_dim=16,
+                encoder_attention_heads=2,
+                head_dim=8,
+                d_model=16,
+                init_std=0.5,
+            )
+        ),
         tokenizer=tokens,
     )
 
@@ -1860,6 +1897,22 @@ FAMILIES = {
         peft_lora=True,
         prepare=by_clipped_ddim,
         shown=lambda pictures: (pictures / 2 + 0.5).clamp(0, 1),
+    ),
+    "LDMTextToImagePipeline": Row(
+        ldm,
+        call_scale,
+        size=(64, 96),
+        negative=False,
+        takes_length=False,
+        loads_lora=False,
+    ),
+    "LDMTextToImagePipeline with a codebook": Row(
+        lambda: ldm(codebook()),
+        call_scale,
+        size=(64, 96),
+        negative=False,
+        takes_length=False,
+        loads_lora=False,
     ),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
     "LTXImageToVideoPipeline": Row(

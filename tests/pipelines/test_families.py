@@ -301,7 +301,7 @@ def test_a_multistep_solver_gives_way_to_euler_steps_on_its_sigmas(world):
 UNSHIFTED = [
     name
     for name in FAMILIES
-    if name.startswith(("CogVideoX", "CogView3", "HunyuanDiT", "Kandinsky3", "Kolors", "PixArt"))
+    if name.startswith(("CogVideoX", "CogView3", "HunyuanDiT", "Kandinsky3", "Kolors", "LDM", "PixArt"))
 ]
 
 
@@ -409,6 +409,19 @@ def test_another_autoencoder_takes_the_place_of_that_which_the_pipeline_calls_ot
     media = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_close(adapter.latents(media), other.encode(media * 2 - 1).latents)
+
+
+def test_gradients_pass_a_codebook_as_if_the_nearest_entries_had_been_given(world):
+    adapter = policy_of(world, "LDMTextToImagePipeline with a codebook").adapter
+    x = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    (slope,) = torch.autograd.grad((adapter.decode(x) * weight).sum(), x)
+    nearest = adapter.vae.quantize(adapter.to_vae(x.detach()))[0].requires_grad_()
+    assert len(torch.unique(nearest.detach().transpose(0, 1).flatten(1).T, dim=0)) > 10
+    media = (adapter.vae.decode(nearest, force_not_quantize=True).sample / 2 + 0.5).clamp(0, 1)
+    (expected,) = torch.autograd.grad((media * weight).sum(), nearest)
+    assert_close(slope, expected / adapter.vae.config.scaling_factor)
+    assert slope.abs().max() > 0
 
 
 def test_what_guidance_leads_kandinsky3_away_from_is_cut_with_its_prompt(world):
