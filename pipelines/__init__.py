@@ -52,6 +52,7 @@ ADAPTERS = {
     "LongCatImagePipeline": "mmalign.pipelines.ovis_image:LongCatImage",
     "LuminaPipeline": "mmalign.pipelines.lumina:LuminaNext",
     "NucleusMoEImagePipeline": "mmalign.pipelines.nucleus_image:NucleusImage",
+    "OmniGenPipeline": "mmalign.pipelines.omnigen:OmniGen",
     "OvisImagePipeline": "mmalign.pipelines.ovis_image:OvisImage",
     "PixArtAlphaPipeline": "mmalign.pipelines.pixart:PixArtAlpha",
     "PixArtSigmaPipeline": "mmalign.pipelines.pixart:PixArtSigma",

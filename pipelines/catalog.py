@@ -50,6 +50,11 @@ MODELS = {
         "text to image",
         "its denoiser loads the LoRA: `unet.load_lora_adapter(folder, prefix='unet', weight_name=...)`",
     ),
+    "OmniGenPipeline": (
+        "OmniGen",
+        "text to image",
+        "without pictures; its LoRA as of PixArt-alpha",
+    ),
     "PixArtAlphaPipeline": (
         "PixArt-alpha",
         "text to image",
@@ -189,10 +194,7 @@ ABSENT = {
     "its network rounds queries and keys to bfloat16 whatever its precision; pictures are compared to 1e-5": (
         "Kandinsky5T2IPipeline",
     ),
-    "no adapter yet": (
-        "PRXPixelPipeline",
-        "OmniGenPipeline",
-    ),
+    "no adapter yet": ("PRXPixelPipeline",),
 }
 
 HEAD = """

@@ -1521,6 +1521,32 @@ def dreamlite() -> Any:
     )
 
 
+def omnigen() -> Any:
+    """Its prompts are short enough for the near stretch of its rotations, its negative prompt is not."""
+    from diffusers import OmniGenPipeline, OmniGenTransformer2DModel
+
+    tokens = words_tokenizer()
+    return OmniGenPipeline(
+        transformer=OmniGenTransformer2DModel(
+            hidden_size=16,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            intermediate_size=16,
+            num_layers=2,
+            pad_token_id=0,
+            vocab_size=len(tokens),
+            max_position_embeddings=4096,
+            original_max_position_embeddings=256,
+            rope_scaling={"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 2.5, 3.0]},
+            pos_embed_max_size=16,
+            time_step_dim=16,
+        ),
+        scheduler=flow(invert_sigmas=True, num_train_timesteps=1),
+        vae=eightfold_vae(),
+        tokenizer=tokens,
+    )
+
+
 def cogview4() -> Any:
     from diffusers import CogView4Pipeline, CogView4Transformer2DModel
     from transformers import GlmConfig, GlmModel
@@ -1956,6 +1982,16 @@ FAMILIES = {
         one_by_one=True,
         alone=True,
         loads_lora=False,
+    ),
+    "OmniGenPipeline": Row(
+        omnigen,
+        call_scale,
+        {"max_sequence_length": 500},
+        size=(64, 96),
+        one_by_one=True,  # places of all texts are those of the first
+        negative=False,
+        takes_length=False,
+        peft_lora=True,
     ),
     "CogView4Pipeline": Row(cogview4, call_scale, {"max_sequence_length": 40}),
     "CogVideoXPipeline": Row(cogvideo, call_scale, frames=5, latents=frames_first),

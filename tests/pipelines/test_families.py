@@ -1,6 +1,7 @@
 """Every adapter is its diffusers pipeline, number for number, and trains as a LoRA that diffusers loads."""
 
 import copy
+import inspect
 import json
 import math
 import re
@@ -24,6 +25,7 @@ from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import ADAPTERS, catalog, load
 from mmalign.pipelines.family import shifted
 from mmalign.pipelines.flow import FlowPolicy
+from mmalign.pipelines.omnigen import visible
 from mmalign.randomness import generator, normals
 from mmalign.records import Masks, Pick, Plan, Renoise, RewardSignal
 from mmalign.sde import Noise, transition
@@ -452,7 +454,9 @@ def test_schedules_of_distilled_models_are_their_own(world):
         policy.adapter.sigmas(3, policy.shape)
 
 
-@pytest.mark.parametrize("name", ["QwenImage21Pipeline", "ErnieImagePipeline", "BriaFibo2Pipeline"])
+@pytest.mark.parametrize(
+    "name", ["QwenImage21Pipeline", "ErnieImagePipeline", "BriaFibo2Pipeline", "OmniGenPipeline"]
+)
 def test_texts_that_a_model_takes_whole_are_not_cut(world, name):
     policy = policy_of(world, name, max_sequence_length=2)
     with pytest.raises(ValueError, match=r"policy\.max_sequence_length is 2, .* of 'a red cat' it sees \d"):
@@ -469,6 +473,52 @@ def test_z_image_omni_needs_no_encoder_of_pictures(world):
     whole = policy_of(world, "ZImageOmniPipeline", guidance=settings.guidance)
     found, expected = (p.images(prompts_of(TEXTS, 1), 2, KEY) for p in (policy, whole))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("negative", ["a white square", "a white square " * 8])
+def test_omnigen_leads_away_from_a_given_text_as_from_its_own(world, monkeypatch, negative):
+    """Shorter and longer than the prompts."""
+    row, _, plain, files, _ = world("OmniGenPipeline")
+    reader = type(plain.multimodal_processor).__call__
+    usual = inspect.signature(reader).parameters["negative_prompt"].default
+    given = tuple(negative if default == usual else default for default in reader.__defaults__)
+    policy = policy_of(world, "OmniGenPipeline", guidance=3.0, negative_prompt=negative)
+    ours = policy.images(prompts_for(row, files), STEPS, KEY)
+    away = policy_of(world, "OmniGenPipeline", guidance=3.0).images(prompts_for(row, files), STEPS, KEY)
+    monkeypatch.setattr(reader, "__defaults__", given)
+    assert_close(ours, theirs(policy, plain, row, files), atol=1e-5, rtol=1e-5)
+    assert (ours - away).abs().max() > 1e-3
+
+
+def test_what_omnigen_draws_does_not_depend_on_other_prompts(world):
+    policy = policy_of(world, "OmniGenPipeline", guidance=3.0)
+    asked = (prompts_of(texts, 1) for texts in (TEXTS, TEXTS[:1]))
+    both, alone = (policy._roll_out(prompts, Plan(STEPS), KEY, 3.0).views[0].x for prompts in asked)
+    assert_close(both[:1], alone, atol=1e-6, rtol=1e-6)
+
+
+def test_words_see_those_before_them_and_the_picture_sees_all():
+    seen = visible(torch.tensor([[False, True, True]]), 3)
+    assert seen[0].tolist() == [
+        [1, 1, 1, 1, 1, 1],
+        [0, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 1, 1],
+    ]
+
+
+def test_omnigen_needs_a_time_that_rises_and_prompts_without_pictures(world):
+    adapter = policy_of(world, "OmniGenPipeline").adapter
+    with pytest.raises(ValueError, match=r"names a picture .*, and OmniGen is shown none here"):
+        adapter.encode("a cat as in <img><|image_1|></img>")
+    own = adapter.pipeline.scheduler
+    adapter.pipeline.scheduler = type(own).from_config(own.config, invert_sigmas=False)
+    with pytest.raises(
+        ValueError, match=r"invert_sigmas false; set it to true in scheduler/scheduler_config"
+    ):
+        type(adapter)(adapter.settings, adapter.pipeline)
 
 
 def test_a_unet_that_is_trained_whole_is_read_as_it_is(world):
