@@ -56,12 +56,6 @@ class Family:
         self.read_schedule()
         if settings.shift is not None:
             self.pipeline.scheduler = shifted(self.pipeline.scheduler, settings.shift)
-        if self.idle:
-            self.lora_targets = tuple(
-                name
-                for name, _ in self.network.named_modules()
-                if name.endswith(self.lora_targets) and not name.startswith(self.idle)
-            )
         if settings.guidance_rescale and not self.rescales:
             raise ValueError(f"policy.guidance_rescale must be 0: a {self.kind} has none")
 
@@ -71,9 +65,9 @@ class Family:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """How names of layers begin that no prediction depends on; they get no adapters.
+        """How names of layers begin that no prediction depends on; none of them gets an adapter.
 
-        Ranks that exchange gradients would wait for theirs.
+        Ranks that exchange gradients would wait for its.
         """
         return ()
 

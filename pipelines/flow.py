@@ -271,7 +271,8 @@ class FlowPolicy:
         for name, part in self._parts.items():
             if settings.lora.rank:
                 own = "" if name == adapter.component else f"{name}."
-                add_lora(part, settings.lora, settings.lora.targets or adapter.lora_targets, seed, own)
+                targets = settings.lora.targets or adapter.lora_targets
+                add_lora(part, settings.lora, targets, seed, own, getattr(adapter, "idle", ()))
             else:
                 part.float().requires_grad_(True)
             if settings.gradient_checkpointing:
@@ -742,18 +743,29 @@ def takes_adapters(network: object) -> bool:
 
 
 def add_lora(
-    network: Any, settings: LoraSettings, targets: Sequence[str], seed: int, prefix: str = ""
+    network: Any,
+    settings: LoraSettings,
+    targets: Sequence[str],
+    seed: int,
+    prefix: str = "",
+    idle: tuple[str, ...] = (),
 ) -> None:
     """Put fp32 adapters on the layers whose names end with one of `targets`; at first they change nothing.
 
     network: a model of diffusers that takes adapters, whose own they become, or any other module. Weights are
     Gaussian as in the literature (A ~ N(0, 1 / rank^2), B = 0), from streams named by the layer, so that they
-    are the same on every rank and device and at every precision. prefix: of those names.
+    are the same on every rank and device and at every precision. prefix: of those names. idle: how names of
+    layers begin that get none.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    names = list(targets)
+    if idle:
+        ends = tuple(f".{target}" for target in targets)
+        layers = (name for name, _ in network.named_modules() if f".{name}".endswith(ends))
+        names = [name for name in layers if not name.startswith(idle)]
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(targets), init_lora_weights="gaussian"
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=names, init_lora_weights="gaussian"
     )
     with torch.random.fork_rng(devices=[]):
         try:

@@ -171,7 +171,8 @@ class HunyuanVideo15(VideoFamily):
     @property
     def idle(self) -> tuple[str, ...]:
         """As of Qwen-Image."""
-        return (f"transformer_blocks.{self.config.num_layers - 1}.attn.to_add_out",)
+        last = f"transformer_blocks.{self.config.num_layers - 1}"
+        return f"{last}.attn.to_add_out", f"{last}.ff_context"
 
     @property
     def patch(self) -> int:  # type: ignore[override]

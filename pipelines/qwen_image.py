@@ -20,7 +20,8 @@ class QwenImage(Standardized, Family):
     @property
     def idle(self) -> tuple[str, ...]:
         """What the last block makes of the text is not read."""
-        return (f"transformer_blocks.{self.config.num_layers - 1}.attn.to_add_out",)
+        last = f"transformer_blocks.{self.config.num_layers - 1}"
+        return f"{last}.attn.to_add_out", f"{last}.txt_mlp"
 
     @property
     def channels(self) -> int:

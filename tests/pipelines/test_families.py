@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from families import FAMILIES, Row
 from PIL import Image
 from torch.testing import assert_close
@@ -246,6 +247,18 @@ def test_every_adapter_of_a_family_has_a_part_in_its_predictions(world, name):
     pick = Pick(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]))
     policy.evaluate(trajectory, pick).log_prob.sum().backward()
     trained = {n: p.grad for n, p in policy.module.named_parameters() if p.requires_grad}
+    assert not [n for n, slope in trained.items() if slope is None]
+
+
+def test_every_adapter_of_the_recipe_of_qwen_image_has_a_part_in_its_predictions(world):
+    """Its last block has a perceptron for the text as well, which nothing reads."""
+    recipe = Path(__file__).parents[2] / "assets" / "recipes" / "qwen_image_fast.yaml"
+    targets = tuple(yaml.safe_load(recipe.read_text())["policy"]["lora"]["targets"])
+    policy = policy_of(world, "QwenImagePipeline", FlowGRPO().noise, lora=LoraSettings(4, 6, targets))
+    trajectory = policy.sample(prompts_of(TEXTS, 1), Plan(2, (0,)), KEY)
+    policy.evaluate(trajectory, Pick(torch.tensor([0, 1]), torch.tensor([0, 0]))).log_prob.sum().backward()
+    trained = {n: p.grad for n, p in policy.module.named_parameters() if p.requires_grad}
+    assert any(".0.txt_mlp." in n for n in trained)
     assert not [n for n, slope in trained.items() if slope is None]
 
 
