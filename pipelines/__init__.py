@@ -54,6 +54,8 @@ ADAPTERS = {
     "NucleusMoEImagePipeline": "mmalign.pipelines.nucleus_image:NucleusImage",
     "OmniGenPipeline": "mmalign.pipelines.omnigen:OmniGen",
     "OvisImagePipeline": "mmalign.pipelines.ovis_image:OvisImage",
+    "PRXPipeline": "mmalign.pipelines.prx:PRX",
+    "PRXPixelPipeline": "mmalign.pipelines.prx:PRXPixel",
     "PixArtAlphaPipeline": "mmalign.pipelines.pixart:PixArtAlpha",
     "PixArtSigmaPipeline": "mmalign.pipelines.pixart:PixArtSigma",
     "QwenImage21Pipeline": "mmalign.pipelines.qwen_image21:QwenImage21",

@@ -119,6 +119,12 @@ MODELS = {
         "predicts noise; sampled by DDIM; with or without a codebook; its LoRA is for its denoiser: "
         "`unet.load_lora_adapter(folder, prefix='unet', weight_name=...)`",
     ),
+    "PRXPipeline": ("PRX", "text to image", "any size; `mmalign[prx]`; its LoRA as of PixArt-alpha"),
+    "PRXPixelPipeline": (
+        "PRX Pixel",
+        "text to image",
+        "draws pixels, and predicts them clean; its noise is wider, which is a shift of its times; as PRX",
+    ),
     "HiDreamImagePipeline": (
         "HiDream-I1",
         "text to image",
@@ -187,14 +193,12 @@ ABSENT = {
         "AmusedPipeline",
         "VQDiffusionPipeline",
     ),
-    "the class of its text encoder is not found by its loader beside transformers 5": ("PRXPipeline",),
     "it cannot be made without cosmos_guardrail, which mmalign does not ask for": (
         "Cosmos2TextToImagePipeline",
     ),
     "its network rounds queries and keys to bfloat16 whatever its precision; pictures are compared to 1e-5": (
         "Kandinsky5T2IPipeline",
     ),
-    "no adapter yet": ("PRXPixelPipeline",),
 }
 
 HEAD = """

@@ -326,6 +326,8 @@ def other_vae(settings: PolicySettings, index: Mapping[str, Any], name: str = "v
 
     if settings.vae is None:
         return {}
+    if name not in index:
+        raise ValueError(f"policy.vae must be null: a {index['_class_name']} has no autoencoder")
     kind = getattr(diffusers, index[name][1])
     try:
         vae = kind.from_pretrained(settings.vae, torch_dtype=torch.float32)

@@ -1452,8 +1452,26 @@ def aura_flow() -> Any:
     )
 
 
+def deep_vae() -> Any:
+    from diffusers import AutoencoderDC
+
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        scaling_factor=0.4,
+    )
+
+
 def sana() -> Any:
-    from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
+    from diffusers import SanaPipeline, SanaTransformer2DModel
 
     tokens = words_tokenizer()
     return SanaPipeline(
@@ -1470,19 +1488,7 @@ def sana() -> Any:
             sample_size=32,
         ),
         scheduler=flow(shift=3.0),
-        vae=AutoencoderDC(
-            latent_channels=4,
-            attention_head_dim=2,
-            encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-            decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8),
-            encoder_layers_per_block=(1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1),
-            encoder_qkv_multiscales=((), (), (5,)),
-            decoder_qkv_multiscales=((), (), (5,)),
-            scaling_factor=0.4,
-        ),
+        vae=deep_vae(),
         text_encoder=gemma(tokens),
         tokenizer=tokens,
     )
@@ -1658,6 +1664,71 @@ def codebook(**given: Any) -> Any:
     )
     torch.nn.init.normal_(made.quantize.embedding.weight, 0.0, 5.0)  # as wide as unscaled latents
     return made
+
+
+# ---- PRX
+
+
+def prx_network(**given: Any) -> Any:
+    from diffusers import PRXTransformer2DModel
+
+    made = PRXTransformer2DModel(
+        context_in_dim=16, hidden_size=16, mlp_ratio=2.0, num_heads=2, depth=1, axes_dim=[4, 4], **given
+    )
+    for block in made.blocks:  # whose gates begin with 0
+        torch.nn.init.normal_(block.modulation.lin.weight, 0.0, 0.2)
+        torch.nn.init.normal_(block.modulation.lin.bias, 0.0, 0.2)
+    return made
+
+
+def prx(vae: Any = None) -> Any:
+    from diffusers import PRXPipeline
+    from transformers import T5GemmaConfig
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+    from mmalign.pipelines.prx import name_encoder
+
+    name_encoder()  # for the plain pipeline
+    tokens = words_tokenizer()
+    half = {**SMALL, "vocab_size": len(tokens), "head_dim": 8, "pad_token_id": 0}
+    both = T5GemmaConfig(encoder=half, decoder=half)
+    encoder = T5GemmaEncoder(both.encoder)
+
+    def as_published(folder: Path, **given: Any) -> None:
+        """Beside its weights stands the configuration of both halves, of which its loader takes its own."""
+        T5GemmaEncoder.save_pretrained(encoder, folder, **given)
+        both.save_pretrained(folder)
+
+    encoder.save_pretrained = as_published
+    return PRXPipeline(
+        transformer=prx_network(in_channels=4),
+        scheduler=flow(shift=3.0),
+        text_encoder=encoder,
+        tokenizer=tokens,
+        vae=image_vae() if vae is None else vae,
+        default_sample_size=256,
+    )
+
+
+def call_prx(settings: PolicySettings) -> dict[str, Any]:
+    return {
+        "guidance_scale": settings.guidance,
+        "tokenizer_max_length": settings.max_sequence_length,
+        "use_resolution_binning": False,
+    }
+
+
+def prx_pixel() -> Any:
+    from diffusers import PRXPixelPipeline
+
+    tokens = words_tokenizer()
+    return PRXPixelPipeline(
+        transformer=prx_network(in_channels=3, patch_size=4, bottleneck_size=8, resolution_embeds=True),
+        scheduler=flow(shift=3.0),
+        text_encoder=qwen3_vl("Qwen3VLModel", tokens, 2).language_model,
+        tokenizer=tokens,
+        prompt_max_tokens=16,
+    )
 
 
 # ---- Latent diffusion
@@ -1939,6 +2010,30 @@ FAMILIES = {
         negative=False,
         takes_length=False,
         loads_lora=False,
+    ),
+    "PRXPipeline": Row(
+        prx,
+        call_prx,
+        one_by_one=True,  # guided, its pipeline tells the time of one prompt alone
+        takes_length=False,
+        peft_lora=True,
+    ),
+    "PRXPipeline of a deep autoencoder": Row(
+        lambda: prx(deep_vae()),
+        call_prx,
+        one_by_one=True,  # guided, its pipeline tells the time of one prompt alone
+        size=(32, 64),
+        takes_length=False,
+        peft_lora=True,
+    ),
+    "PRXPixelPipeline": Row(
+        prx_pixel,
+        lambda s: {"guidance_scale": s.guidance, "use_resolution_binning": False},
+        latents=lambda x: 2 * x,  # its noise is twice as wide
+        one_by_one=True,
+        takes_length=False,
+        peft_lora=True,
+        shown=lambda pictures: (pictures / 2 + 0.5).clamp(0, 1),
     ),
     "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
     "LTXImageToVideoPipeline": Row(

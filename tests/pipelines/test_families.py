@@ -59,7 +59,8 @@ def small_pictures(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def mended_texts(monkeypatch):
-    """ftfy, which Wan's image to video asks for, leaves plain texts as they are."""
+    """ftfy, which Wan's image to video and PRX ask for, leaves plain texts as they are."""
+    from diffusers.pipelines.prx import pipeline_prx, pipeline_prx_pixel
     from diffusers.pipelines.wan import pipeline_wan_i2v
 
     try:
@@ -68,7 +69,8 @@ def mended_texts(monkeypatch):
         ftfy = types.ModuleType("ftfy")
         ftfy.fix_text = str
         monkeypatch.setitem(sys.modules, "ftfy", ftfy)
-    monkeypatch.setattr(pipeline_wan_i2v, "ftfy", ftfy, raising=False)
+    for module in (pipeline_wan_i2v, pipeline_prx, pipeline_prx_pixel):
+        monkeypatch.setattr(module, "ftfy", ftfy, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -742,6 +744,44 @@ def test_pictures_of_ltx2_need_a_codec(world, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ImportError, match=r"compressed by av: pip install 'mmalign\[video\]'"):
         policy_of(world, "LTX2ImageToVideoPipeline")
+
+
+@pytest.mark.parametrize("name", ["PRXPipeline", "PRXPixelPipeline"])
+def test_texts_of_prx_need_ftfy(world, name, monkeypatch):
+    policy_of(world, name)
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ImportError, match=r"mended by ftfy: pip install 'mmalign\[prx\]'"):
+        policy_of(world, name)
+
+
+def test_the_text_encoder_of_prx_is_found_whatever_was_imported_before(world, monkeypatch):
+    import transformers
+
+    folder = world("PRXPipeline")[1]
+    monkeypatch.delattr(transformers, "T5GemmaEncoder")
+    adapter = load(PolicySettings(str(folder), lora=LoraSettings(4, 6)), Noise()).adapter
+    assert type(adapter.pipeline.text_encoder) is transformers.T5GemmaEncoder
+
+
+def test_a_model_of_pixels_has_no_other_autoencoder(world, tmp_path):
+    folder = world("PRXPixelPipeline")[1]
+    with pytest.raises(ValueError, match=r"policy\.vae must be null: a PRXPixelPipeline has no"):
+        load(PolicySettings(str(folder), vae=str(tmp_path)), Noise())
+
+
+@pytest.mark.parametrize("t", [1.0, 0.6, 0.03])
+def test_the_velocity_of_wider_noise_is_noise_less_data_by_the_models_own_estimates(world, t):
+    """Below t = 0.05 the estimates are those of the pipeline's step, which is shorter there."""
+    policy = policy_of(world, "PRXPixelPipeline")
+    seen = policy._texts(TEXTS, 1.0).positives()
+    y = torch.randn(2, *policy.shape, generator=torch.Generator().manual_seed(0))
+    c, time = 1 + t, torch.full((2,), t)  # its noise has a deviation of 2
+    with torch.no_grad():
+        velocity = policy.adapter.predict(policy.module, y / c, time * 2 / c, seen)
+        shown = policy.module(y, time, seen["embeds"], attention_mask=seen["mask"]).sample
+    clean = y - t * (y - shown) / max(t, 0.05)
+    noise = (y - (1 - t) * clean) / (2 * t)
+    assert_close(velocity, noise - clean, atol=1e-4, rtol=1e-4)
 
 
 def test_step_distilled_models_of_hunyuan_video_are_refused(world):
