@@ -101,6 +101,8 @@ def test_killed_at_any_moment_the_latest_checkpoint_loads(tmp_path):
     for delay in (0.02, 0.05, 0.09, 0.14, 0.2):
         child = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(tmp_path,))
         child.start()
+        while not checkpoints.all_of(tmp_path) and child.is_alive():
+            time.sleep(0.01)
         time.sleep(delay)
         child.kill()
         child.join()
