@@ -47,6 +47,7 @@ ADAPTERS = {
     "Lumina2Pipeline": "mmalign.pipelines.lumina2:Lumina2",
     "Ideogram4Pipeline": "mmalign.pipelines.ideogram4:Ideogram4",
     "Kandinsky3Pipeline": "mmalign.pipelines.kandinsky3:Kandinsky3",
+    "Kandinsky5T2IPipeline": "mmalign.pipelines.kandinsky5:Kandinsky5",
     "KolorsPipeline": "mmalign.pipelines.kolors:Kolors",
     "Krea2Pipeline": "mmalign.pipelines.krea2:Krea2",
     "LongCatImagePipeline": "mmalign.pipelines.ovis_image:LongCatImage",

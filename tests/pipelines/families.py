@@ -686,7 +686,7 @@ def lumina() -> Any:
     )
 
 
-def eightfold_vae() -> Any:
+def eightfold_vae(**given: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -696,6 +696,7 @@ def eightfold_vae() -> Any:
         layers_per_block=1,
         norm_num_groups=2,
         scaling_factor=0.7,
+        **given,
     )
 
 
@@ -1666,6 +1667,52 @@ def codebook(**given: Any) -> Any:
     return made
 
 
+# ---- Kandinsky 5
+
+
+def kandinsky5() -> Any:
+    import diffusers
+    from transformers import CLIPTextModel, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokens, clip = words_tokenizer(), _clip_tokenizer()
+    seen = _clip_config(clip)
+    seen.max_position_embeddings = 77
+    network = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=16,
+        in_text_dim2=16,
+        time_dim=16,
+        model_dim=16,
+        ff_dim=32,
+        num_text_blocks=2,
+        num_visual_blocks=1,
+        axes_dims=(4, 2, 2),
+    )
+    for name, weights in network.named_parameters():
+        if "modulation" in name:  # which begins with 0
+            torch.nn.init.normal_(weights, 0.0, 0.2)
+    return diffusers.Kandinsky5T2IPipeline(
+        transformer=network,
+        scheduler=flow(shift=3.0),
+        vae=eightfold_vae(shift_factor=0.1),
+        text_encoder=qwen_text(tokens),
+        tokenizer=Qwen2VLProcessor(
+            Qwen2VLImageProcessor(), tokens, Qwen2VLVideoProcessor(), chat_template=CHAT
+        ),
+        text_encoder_2=CLIPTextModel(seen),
+        tokenizer_2=clip,
+    )
+
+
+def unrounded(pipeline: Any, settings: PolicySettings) -> None:
+    """Queries and keys keep their precision, and the size that is asked for is drawn."""
+    from mmalign.pipelines.kandinsky5 import Attention
+
+    pipeline.transformer.set_attn_processor(Attention())
+    pipeline.resolutions = [(settings.width, settings.height)]
+
+
 # ---- PRX
 
 
@@ -1994,6 +2041,15 @@ FAMILIES = {
         peft_lora=True,
         prepare=by_clipped_ddim,
         shown=lambda pictures: (pictures / 2 + 0.5).clamp(0, 1),
+    ),
+    "Kandinsky5T2IPipeline": Row(
+        kandinsky5,
+        call_scale,
+        {"max_sequence_length": 200},
+        size=(64, 96),
+        latents=lambda x: x.permute(0, 2, 3, 1)[:, None],
+        one_by_one=True,  # a batch of its pipeline reads what fills its texts up
+        prepare=unrounded,
     ),
     "LDMTextToImagePipeline": Row(
         ldm,

@@ -23,7 +23,7 @@ from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
-from mmalign.pipelines import ADAPTERS, catalog, load
+from mmalign.pipelines import ADAPTERS, catalog, kandinsky5, load
 from mmalign.pipelines.family import shifted
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.pipelines.omnigen import visible
@@ -167,7 +167,7 @@ def theirs(policy, plain, row: Row, files: list[str]) -> torch.Tensor:
             plain.prepare_latents = lambda *_, noise=drawn_here: noise
             asked = {name: value[0] for name, value in asked.items()}
         out = plain(**call, **asked)
-        drawn.append(out.images if hasattr(out, "images") else out.frames)
+        drawn.append(next(getattr(out, name) for name in ("images", "frames", "image") if hasattr(out, name)))
     return row.shown(torch.cat([torch.as_tensor(part) for part in drawn]))
 
 
@@ -426,6 +426,46 @@ def test_another_autoencoder_takes_the_place_of_that_which_the_pipeline_calls_ot
     media = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert_close(adapter.latents(media), other.encode(media * 2 - 1).latents)
+
+
+def test_kandinsky5_differs_from_its_pipeline_by_a_rounding_that_bf16_has_anyway(world):
+    from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
+
+    row, _, plain, files, _ = world("Kandinsky5T2IPipeline")
+    policy = policy_of(world, "Kandinsky5T2IPipeline", guidance=3.0)
+    row.prepare(plain, policy.settings)
+    ours = policy.images(prompts_for(row, files), STEPS, KEY)
+    row = replace(
+        row, prepare=lambda pipeline, _: pipeline.transformer.set_attn_processor(Kandinsky5AttnProcessor())
+    )
+    off = (ours - theirs(policy, plain, row, files)).abs().max()
+    assert 1e-6 < off < 5e-3
+    network = copy.deepcopy(plain.transformer).bfloat16()
+    attention, turns = network.visual_transformer_blocks[0].self_attention, network.visual_rope_embeddings
+    attention.query_norm.float(), attention.key_norm.float()  # as torch warns otherwise
+    rope = turns((2, 1, 4, 6), [torch.arange(1), torch.arange(4), torch.arange(6)]).flatten(1, 3)
+    x = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        rounded = attention(x, rotary_emb=rope)
+        attention.set_processor(kandinsky5.Attention())
+        assert torch.equal(attention(x, rotary_emb=rope), rounded)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_sees_what_texts_of_kandinsky5_are_filled_up_with(world, checkpointing):
+    policy = policy_of(world, "Kandinsky5T2IPipeline", gradient_checkpointing=checkpointing)
+    network, adapter = policy.module.train(), policy.adapter
+    seen = dict(policy._texts(TEXTS, 1.0).positives())
+    assert not seen["mask"].all(1).any()
+    filled = seen["embeds"].clone().requires_grad_()
+    filled.data[~seen["mask"]] = 5.0
+    x = torch.randn(2, *policy.shape, generator=torch.Generator().manual_seed(0))
+    velocity = adapter.predict(network, x, torch.full((2,), 0.5), seen | {"embeds": filled})
+    with torch.no_grad():
+        assert_close(velocity, adapter.predict(network, x, torch.full((2,), 0.5), seen), atol=1e-6, rtol=0)
+    (slope,) = torch.autograd.grad(velocity.square().sum(), filled)
+    assert not slope[~seen["mask"]].any()
+    assert slope[seen["mask"]].abs().amax(1).min() > 0
 
 
 def test_gradients_pass_a_codebook_as_if_the_nearest_entries_had_been_given(world):
