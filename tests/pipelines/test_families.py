@@ -304,6 +304,17 @@ def test_every_text_to_image_pipeline_has_an_adapter_or_a_reason():
     assert known - variants <= set(absent) | set(ADAPTERS)
 
 
+def test_cosmos2_cannot_be_made_without_its_guard():
+    from diffusers import Cosmos2TextToImagePipeline
+    from diffusers.utils import is_cosmos_guardrail_available
+
+    if is_cosmos_guardrail_available():
+        pytest.skip("the page speaks of where it is not installed")
+    parts = ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+    with pytest.raises(ImportError, match="`cosmos_guardrail` is not installed"):
+        Cosmos2TextToImagePipeline(**dict.fromkeys(parts))
+
+
 def test_a_multistep_solver_gives_way_to_euler_steps_on_its_sigmas(world):
     from diffusers import UniPCMultistepScheduler
 
