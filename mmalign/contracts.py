@@ -110,6 +110,16 @@ class DrawsOn(Protocol):
 
 
 @runtime_checkable
+class TellsPrecision(Protocol):
+    """A policy that tells at which precision its forwards, and with them its gradients, are computed."""
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16; where it is fp16, losses are scaled (`mmalign.loss_scale`)."""
+        ...
+
+
+@runtime_checkable
 class TellsStates(Protocol):
     """A policy that tells the states in which its actions were taken."""
 
@@ -324,7 +334,9 @@ class PolicySettings:
     # it where guidance over-exposes.
     guidance_rescale: float = 0.0
     max_sequence_length: int = 256  # tokens of the T5 encoder, where the family has one
-    precision: str = "fp32"  # fp32, bf16 or fp16 for the frozen weights and the forward pass
+    # fp32, bf16 or fp16 for the frozen weights and the forward pass; what is trained stays in fp32. fp16
+    # rounds less than bf16, so that ratios begin nearer 1, and overflows sooner; its losses are scaled.
+    precision: str = "fp32"
     leave_out: tuple[str, ...] = ()  # components not to load: text_encoder_3 saves the memory of T5
     # Network rows of one forward in sampling, or texts written at once; raise it until the device is busy,
     # lower it if memory runs out: results stay the same.

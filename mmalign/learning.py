@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from mmalign.checkpoints import weights_of
-from mmalign.contracts import Policy
+from mmalign.contracts import Policy, TellsPrecision
 from mmalign.copies import Copies
 from mmalign.coupling import Coupled
 from mmalign.credit import Peers
 from mmalign.distributed import Distributed
 from mmalign.health import Meter, Reading, Running, named
+from mmalign.loss_scale import LossScale, unscale
 from mmalign.objectives import Objective
 from mmalign.records import Advantage, Minibatch, Pick, Plan, Trajectory
 from mmalign.updates import Balanced
@@ -86,6 +87,7 @@ class Learner:
         self.updates = self.bad = self.bad_in_a_row = 0
         self.iteration = 0  # the one that is learned from
         self._floor_known = False
+        self.scale = _scale_of(policy, distributed)
         trainable = [p for p in policy.module.parameters() if p.requires_grad]
         if not trainable:
             raise ValueError("the policy has no trainable parameters")
@@ -160,16 +162,17 @@ class Learner:
                 self._check_floor(floor.read(self.distributed.gather).get("log_ratio"))
             norm = self.distributed.clip(self.parameters, self.settings.grad_clip)
             losses.append(float(loss))
-            norms.append(float(norm))
-            self._step(losses[-1], norms[-1], meter)
+            if self._step(losses[-1], float(norm), meter):
+                norms.append(float(norm))
         metrics = named(meter.read(self.distributed.gather), plan.sde_steps)
         if (reading := floor.read(self.distributed.gather).get("log_ratio")) is not None:
             metrics |= {"noise_floor/mean": reading.size, "noise_floor/max": reading.most}
         metrics |= balance.means()
         if losses:
             total = self.distributed.gather(torch.tensor([losses], dtype=torch.float64)).sum(0)
-            metrics |= {"loss": total.mean().item(), "grad_norm": sum(norms) / len(norms)}
-            metrics["grad_norm_max"] = max(norms)
+            metrics["loss"] = total.mean().item()
+        if norms:
+            metrics |= {"grad_norm": sum(norms) / len(norms), "grad_norm_max": max(norms)}
         return metrics | {"learning_rate": self._learning_rate()}
 
     def _picks(self, credited: Credited, taking: Tensor) -> list[Pick | None] | None:
@@ -219,32 +222,48 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
+        # `backward` multiplies by the number of ranks; divided by it, any number of them computes the same.
+        factor = 1.0 if self.scale is None else self.scale.value / self.distributed.world
         loss = torch.zeros((), device=self.distributed.device)
         for i, batch in enumerate(batches):
             with self.distributed.minibatch(self.policy.module, i == len(batches) - 1, exchange):
                 losses, measures = objective(self.policy, batch)
-                update.add(losses, self.parameters, self.distributed.backward)
+                update.add(losses * factor, self.parameters, self.distributed.backward)
             loss += losses.detach().sum()
             for meter in meters:
                 meter.add(measures, batch.weight > 0, batch.pick.columns)
-        return loss, update.finish(self.parameters, self.distributed.total)
+        found = update.finish(self.parameters, self.distributed.total)
+        if self.scale is not None:
+            unscale(self.parameters, factor)
+        return loss, found
 
     def _spare(self, credited: Credited, picks: list[Pick | None]) -> Pick:
         """A forward to repeat: one of this update's, else the smallest that there is."""
         return picks[0] or next(iter(self.policy.picks(credited.trajectory, torch.tensor([0]), 1)))
 
-    def _step(self, loss: float, norm: float, meter: Meter) -> None:
-        """One step of the optimizer, unless loss or gradient is not a number."""
-        if self.distributed.any(not (math.isfinite(loss) and math.isfinite(norm))):
+    def _step(self, loss: float, norm: float, meter: Meter) -> bool:
+        """One step of the optimizer, unless loss or gradient is not finite on any rank.
+
+        Gives False where only the scale of the loss was too high, so that `norm` is that of no gradient.
+        """
+        found = torch.tensor([[not math.isfinite(loss), not math.isfinite(norm)]])
+        lost, wild = self.distributed.gather(found).any(0).tolist()
+        if wild and not lost and self.scale is not None and self.scale.fall():
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        if lost or wild:
             self._skip(loss, norm, meter)
-            return
+            return True
         self.bad_in_a_row = 0
         self.optimizer.step()
+        if self.scale is not None:
+            self.scale.rise()
         self.updates += 1
         if self.settings.ema_decay and self.updates % self.settings.ema_every == 0:
             # Warm-up: an average of few updates must not hang on to where it began.
             moves = self.updates // self.settings.ema_every
             self.policy.copies.follow(AVERAGE, min(self.settings.ema_decay, (1 + moves) / (10 + moves)))
+        return True
 
     def _skip(self, loss: float, norm: float, meter: Meter) -> None:
         self.bad += 1
@@ -261,6 +280,13 @@ class Learner:
             f"causes: weights that blew up before (lower training.learning_rate), or half precision that "
             f"overflows (policy.precision=bf16 or fp32)."
         )
+
+    def counts(self) -> dict[str, float]:
+        """How many updates were made so far, how many were left out and why, and the scale of the loss."""
+        found = {"updates": float(self.updates), "updates/bad": float(self.bad)}
+        if self.scale is not None:
+            found |= {"updates/overflowed": float(self.scale.overflows), "loss_scale": self.scale.value}
+        return found
 
     def _check_floor(self, reading: Reading | None) -> None:
         """Refuse a clip range that rounding alone would fill: before any step the log-ratio should be 0."""
@@ -283,3 +309,15 @@ class Learner:
         rise = (self.updates + 1) / max(1, settings.warmup)
         fall = (1 - self.iteration / settings.iterations) / settings.decay if settings.decay else 1.0
         return settings.learning_rate * min(1.0, rise, fall)
+
+
+def _scale_of(policy: Policy, distributed: Distributed) -> LossScale | None:
+    """The scale of the losses of a policy that computes in fp16."""
+    if not isinstance(policy, TellsPrecision) or policy.precision != "fp16":
+        return None
+    if distributed.kind == "deepspeed":
+        raise ValueError(
+            "policy.precision=fp16 scales losses, and DeepSpeed makes its step before their gradient can be "
+            "looked at: set policy.precision=bf16, or launch with assets/accelerate/fsdp2.yaml"
+        )
+    return LossScale()

@@ -262,7 +262,7 @@ class Trainer:
             keep = rule(iteration) if callable(rule) else rule
             if keep < 1:
                 self.policy.copies.follow(name, keep)
-        metrics["updates"], metrics["updates/bad"] = float(self.learner.updates), float(self.learner.bad)
+        metrics |= self.learner.counts()
         counts = [self.policy.forwards.sample, self.policy.forwards.train, self.policy.forwards.reference]
         memory = peak_memory(self.distributed.device)
         totals = self.distributed.gather(torch.tensor([[*counts, memory]], dtype=torch.int64))
@@ -359,6 +359,7 @@ class Trainer:
             "updates": self.learner.updates,
             "bad": self.learner.bad,
             "bad_in_a_row": self.learner.bad_in_a_row,
+            "loss_scale": self.learner.scale.state_dict() if self.learner.scale is not None else None,
             "memory": self.algorithm.memory.state_dict() if self.algorithm.memory is not None else None,
             "update": self.algorithm.update.state_dict(),
             "composition": self.composer.state_dict(),
@@ -418,6 +419,9 @@ class Trainer:
         learner.updates, learner.bad, learner.bad_in_a_row = (
             state[name] for name in ("updates", "bad", "bad_in_a_row")
         )
+        # Runs in fp16 have checkpoints without one that are older than it.
+        if learner.scale is not None and state.get("loss_scale"):
+            learner.scale.load_state_dict(state["loss_scale"])
         self.seconds = dict(state["seconds"])
         if self.algorithm.memory is not None:
             self.algorithm.memory.load_state_dict(state["memory"])

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from mmalign.contracts import Forwards, Key, PolicySettings, RolloutError, TextSettings
 from mmalign.copies import Copies
 from mmalign.pictures import Clip, asked, in_message, open_picture
-from mmalign.pipelines.flow import ADAPTER_FILE, PEFT_PREFIX, add_lora, take, write_adapter
+from mmalign.pipelines.flow import (
+    ADAPTER_FILE,
+    DTYPES,
+    PEFT_PREFIX,
+    add_lora,
+    computing,
+    take,
+    write_adapter,
+)
 from mmalign.pipelines.rollout_server import Request, RolloutServer
 from mmalign.pipelines.videos import open_video
 from mmalign.randomness import generator, seed_of
@@ -100,6 +108,11 @@ class CaptionAdapter(Protocol):
         ...
 
 
+def kept(settings: PolicySettings) -> torch.dtype:
+    """How the weights of a captioner are read: at its precision where they are frozen, else in fp32."""
+    return DTYPES[settings.precision] if settings.lora.rank else torch.float32
+
+
 class CaptionPolicy:
     """A captioner as a policy.
 
@@ -137,11 +150,15 @@ class CaptionPolicy:
         if settings.lora.rank:
             add_lora(self._network, settings.lora, settings.lora.targets or adapter.lora_targets, seed)
         else:
-            self._network.float().requires_grad_(True)
+            self._network.requires_grad_(True)
         self._banned = torch.tensor(sorted(set(adapter.banned)), dtype=torch.int64, device=self.device)
         self._ends = torch.tensor(sorted(set(adapter.ends)), dtype=torch.int64, device=self.device)
         self.module: nn.Module = self._network
         self.copies = Copies(self._network)
+
+    @property
+    def precision(self) -> str:
+        return self.settings.precision
 
     # ---- sampling
 
@@ -312,7 +329,7 @@ class CaptionPolicy:
             if len(left) < len(alive):
                 alive, drawn = alive[left], drawn[left]
                 rows = left if rows is None else rows[left]
-            logits, prefix = self.adapter.extend(self.module, prefix, rows, drawn[:, None], step)
+            logits, prefix = self._extend(prefix, rows, drawn[:, None], step)
             self.forwards.sample += len(drawn)
             logits, rows = logits[:, -1], None
         return token, mask, likely
@@ -326,8 +343,15 @@ class CaptionPolicy:
         wanted = named if self.text.share_prefix else list(enumerate(named))
         place = [numbered.setdefault(name, len(numbered)) for name in wanted]
         distinct = [named[place.index(number)] for number in range(len(numbered))]
-        prefix = self.adapter.prefix(self.module, [self._inputs(*name) for name in distinct])
+        with computing(self.settings, self.device):
+            prefix = self.adapter.prefix(self.module, [self._inputs(*name) for name in distinct])
         return prefix, torch.tensor(place, device=self.device)
+
+    def _extend(
+        self, prefix: Prefix, rows: Tensor | None, tokens: Tensor, past: int
+    ) -> tuple[Tensor, Prefix]:
+        with computing(self.settings, self.device):
+            return self.adapter.extend(self.module, prefix, rows, tokens, past)
 
     def _inputs(self, prompt: str, shown: str | Clip) -> Inputs:
         name = (prompt, shown)
@@ -398,7 +422,7 @@ class CaptionPolicy:
         logits = prefix.logits[place][:, None]
         if length > 1:
             token = trajectory.replay["token"][rows, : length - 1]
-            later, _ = self.adapter.extend(self.module, prefix, place, token, 0)
+            later, _ = self._extend(prefix, place, token, 0)
             logits = torch.cat([logits, later], 1)
         return self._distribution(logits, self.text.temperature)
 
@@ -435,7 +459,8 @@ class CaptionPolicy:
             part: torch.full_like(tensor, 1e-3) if tensor.is_floating_point() else tensor
             for part, tensor in inputs.items()
         }
-        seen, unseen = self.adapter.prefix(self.module, [inputs, blind]).logits.float()
+        with computing(self.settings, self.device):
+            seen, unseen = self.adapter.prefix(self.module, [inputs, blind]).logits.float()
         if torch.equal(seen, unseen):
             raise ValueError(
                 f"policy.model: what {self.settings.model} writes does not depend on the picture; its "

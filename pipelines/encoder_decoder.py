@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmalign.contracts import PolicySettings
-from mmalign.pipelines.captioner import Inputs, Prefix
-from mmalign.pipelines.flow import DTYPES
+from mmalign.pipelines.captioner import Inputs, Prefix, kept
 from mmalign.pipelines.videos import Video
 from mmalign.pipelines.vlm import (
     VisionLanguage,
@@ -227,7 +226,7 @@ def _loaded(settings: PolicySettings) -> tuple[Any, Any]:
     """Processor and network."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype=DTYPES[settings.precision])
+    model = AutoModelForImageTextToText.from_pretrained(settings.model, dtype=kept(settings))
     return AutoProcessor.from_pretrained(settings.model), model
 
 

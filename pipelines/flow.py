@@ -215,6 +215,13 @@ class _Texts:
         return _Texts(self.tensors, self.place[rows], negative)
 
 
+def computing(settings: PolicySettings, device: torch.device) -> AbstractContextManager[object]:
+    """Around forwards of the network: their matrix products are at the precision of the settings."""
+    if settings.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[settings.precision])
+
+
 class FlowPolicy:
     """A flow model as a policy: its actions are the stochastic denoising steps.
 
@@ -283,6 +290,10 @@ class FlowPolicy:
                 part.enable_gradient_checkpointing()
         self.module: nn.Module = self._network
         self.copies = Copies(self._network)
+
+    @property
+    def precision(self) -> str:
+        return self.settings.precision
 
     # ---- sampling
 
@@ -426,14 +437,9 @@ class FlowPolicy:
 
     def _forward(self, x: Tensor, sigma: Tensor, texts: _Texts, guidance: float) -> Tensor:
         seen, unwanted = texts.positives(), texts.negatives()
-        with self._autocast():
+        with computing(self.settings, self.device):
             velocity = self.adapter.velocity(self.module, x, sigma, seen, unwanted, guidance)
         return velocity.float()
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.settings.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.settings.precision])
 
     def _seen(self, prompts: Prompts, guidance: float) -> _Texts:
         """What the network sees of the prompts: their texts, and the pictures that they name as `source`."""

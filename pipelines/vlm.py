@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmalign.contracts import PolicySettings
-from mmalign.pipelines.captioner import Inputs, Prefix
-from mmalign.pipelines.flow import DTYPES
+from mmalign.pipelines.captioner import Inputs, Prefix, kept
 from mmalign.pipelines.videos import Video
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -50,7 +49,7 @@ class VisionLanguage:
 
         self.processor = AutoProcessor.from_pretrained(settings.model)
         self.model: nn.Module = AutoModelForImageTextToText.from_pretrained(
-            settings.model, dtype=DTYPES[settings.precision]
+            settings.model, dtype=kept(settings)
         )
         self.tokenizer: Any = self.processor.tokenizer
         config: Any = self.model.config

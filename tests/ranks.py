@@ -56,6 +56,7 @@ from mmalign.compositions import GDPO, MARBLE, Constrained, Limit, Ordered
 from mmalign.contracts import LoraSettings, Policy, PolicySettings
 from mmalign.data import Prompt, PromptSource, read_prompts
 from mmalign.distributed import Distributed
+from mmalign.loss_scale import LossScale
 from mmalign.pipelines import CaptionPolicy, load
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.records import Outcome, Prompts, Renoise, RewardSignal
@@ -226,6 +227,20 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "members": 4,
         "reward": Patchy(),
     },
+    "half precision that overflows, split": {
+        "algorithm": FULL,
+        "groups": 3,
+        "members": 6,
+        "updates": 3,
+        "scale": (2.0**24, 3),
+    },
+    "half precision, balanced": {
+        "algorithm": FULL,
+        "composition": MARBLE(every=2),
+        "groups": 4,
+        "members": 4,
+        "scale": (2.0**22, 2000),
+    },
     "taught": {"algorithm": Distill(steps=3), "groups": 3, "members": 4, "updates": 1},
     "balance": {"algorithm": TrajectoryBalance(steps=3), "groups": 3, "members": 4, "updates": 1},
 }
@@ -338,12 +353,18 @@ def follow(
     weights = {"redness": {0: 1.0}, "brightness": {0: 0.0 if watched else 0.5}}
     composer = given["composition"].build(weights) if "composition" in given else Composer(weights)
     algorithm = composed(given["algorithm"].build(composer.shares), composer)
-    policy, notes = ToyFlow(algorithm.noise), Notes()
+    policy = ToyFlow(algorithm.noise, precision="fp16" if "scale" in given else "fp32")
+    notes = Notes()
     settings = TrainingSettings(
         iterations, learning_rate=1e-3, batch=5, updates=given.get("updates", 2), max_missing=0.5
     )
     prompts, scorer = source(given["groups"], given["members"]), Scorer(rewards, 0.5)
-    Trainer(policy, algorithm, scorer, prompts, settings, distributed, notes, folder, composer=composer).run()
+    trainer = Trainer(
+        policy, algorithm, scorer, prompts, settings, distributed, notes, folder, composer=composer
+    )
+    if "scale" in given:
+        trainer.learner.scale = LossScale(*given["scale"])
+    trainer.run()
     return kept(policy, notes, distributed)
 
 

@@ -69,14 +69,19 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 class ToyFlow:
-    """Draws 2x2 pictures; by_place: one log-probability per place instead of one per step."""
+    """Draws 2x2 pictures; by_place: one log-probability per place instead of one per step.
 
-    def __init__(self, noise: Noise | None = None, by_place: bool = False, seed: int = 0) -> None:
+    precision: fp16 rounds what the network gives, and the gradient that it is given.
+    """
+
+    def __init__(
+        self, noise: Noise | None = None, by_place: bool = False, seed: int = 0, precision: str = "fp32"
+    ) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.module: nn.Module = Velocity()
         self.noise, self.dims = noise or Noise(), (1,) if by_place else (1, 2, 3)
-        self.copies, self.forwards = Copies(self.module), Forwards()
+        self.copies, self.forwards, self.precision = Copies(self.module), Forwards(), precision
 
     @torch.no_grad()
     def sample(self, prompts: Prompts, plan: Plan, key: Key) -> Trajectory:
@@ -84,8 +89,7 @@ class ToyFlow:
 
         def velocity(x: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
             self.forwards.sample += len(x)
-            found: Tensor = self.module(x, sigma, text[sample])
-            return found
+            return self._velocity(x, sigma, text[sample])
 
         rolled = roll_out(prompts, plan, key, sigmas, SHAPE, self.noise, self.dims, velocity)
         latents = torch.stack([view.x[view.row] for view in rolled.views], 1).flatten(0, 1)
@@ -111,7 +115,7 @@ class ToyFlow:
         at, replay = (pick.rows, pick.columns), trajectory.replay
         first, inverse = distinct(replay["state"][at])
         x, sigma, text = replay["x"][at], replay["sigma"][at], replay["text"][pick.rows]
-        velocity = self.module(x[first], sigma[first], text[first])[inverse]
+        velocity = self._velocity(x[first], sigma[first], text[first])[inverse]
         if torch.is_grad_enabled():
             self.forwards.train += len(first)
         else:
@@ -120,6 +124,10 @@ class ToyFlow:
             noised = Noised(x, replay["clean"][pick.rows], sigma.reshape(-1, 1, 1, 1))
             return Evaluation(trajectory.log_prob[at], velocity=velocity, noised=noised)
         return retake(trajectory, pick, velocity, self.noise, self.dims)
+
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        found: Tensor = self.module(x, sigma, text)
+        return found.half().float() if self.precision == "fp16" else found
 
     def states(self, trajectory: Trajectory, pick: Pick) -> State:
         at, replay = (pick.rows, pick.columns), trajectory.replay
