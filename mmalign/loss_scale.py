@@ -26,8 +26,7 @@ class LossScale:
     Until its first overflow it doubles after every step: how small the parts of a gradient are depends on
     samples, steps and their size, and there are few updates to find out. From then on it moves as that of
     torch.amp.GradScaler does, but between floor and ceiling, and by what all ranks have found, where that one
-    looks at what a rank holds. Powers of 2 change nothing but what lies outside of fp16's range. The loss is
-    that of all ranks, so that any number of them computes the same in fp16.
+    looks at what a rank holds. Powers of 2 change nothing but what lies outside of fp16's range.
     """
 
     value: float = 2.0**16

@@ -468,6 +468,7 @@ HEALTH = {
     "Samples without a verdict": ("*/missing",),
     "KL to the reference": ("kl",),
     "Gradient norm": ("grad_norm",),
+    "Scale of the loss in fp16": ("loss_scale",),
     "Reward: share of the time": ("share/reward",),
 }
 

@@ -239,7 +239,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "composition": MARBLE(every=2),
         "groups": 4,
         "members": 4,
-        "scale": (2.0**22, 2000),
+        "scale": (2.0**12, 2000),
     },
     "taught": {"algorithm": Distill(steps=3), "groups": 3, "members": 4, "updates": 1},
     "balance": {"algorithm": TrajectoryBalance(steps=3), "groups": 3, "members": 4, "updates": 1},

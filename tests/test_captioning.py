@@ -77,6 +77,15 @@ def test_a_captioner_learns_and_leaves_a_folder_to_look_at(recipe, tmp_path):
     assert found["diversity"]["base"] > 0
 
 
+def test_in_fp16_its_losses_are_scaled(recipe, tmp_path):
+    given = ["policy.precision=fp16", "training.iterations=1", "training.noise_floor=warn"]
+    run_of(recipe, *given, "evaluation.prompts=1", "evaluation.seeds=1", f"run.dir={tmp_path}/half")
+    metrics = json.loads((tmp_path / "half/metrics.jsonl").read_text())
+    assert (metrics["updates"], metrics["updates/overflowed"]) == (2, 0)
+    assert metrics["loss_scale"] == 2.0**18
+    assert metrics["noise_floor/max"] < 1e-2
+
+
 def test_questions_tell_whether_it_still_can_what_it_could(recipe, tmp_path):
     file = tmp_path / "prompts.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -56,18 +56,18 @@ def sharded(folder: Path, *more: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "stops", "file"),
+    ("rank", "precision", "stops", "file"),
     [
-        (4, (1, 2), "pytorch_lora_weights.safetensors"),
-        (0, (2,), "transformer/diffusion_pytorch_model.safetensors"),
+        (4, "fp16", (1, 2), "pytorch_lora_weights.safetensors"),
+        (0, "fp32", (2,), "transformer/diffusion_pytorch_model.safetensors"),
     ],
-    ids=["lora", "all_weights"],
+    ids=["lora in fp16", "all_weights"],
 )
 def test_a_sharded_network_learns_what_a_whole_one_does_and_goes_on_where_it_stopped(
-    rank, stops, file, tmp_path, monkeypatch
+    rank, precision, stops, file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
-    own = [f"policy.lora.rank={rank}", "rewards={contrast: 1.0}"]
+    own = [f"policy.lora.rank={rank}", f"policy.precision={precision}", "rewards={contrast: 1.0}"]
     assert main(settings(tmp_path / "whole", *own)) == 0
     for stop in stops:
         sharded(tmp_path / "parts", *own, f"training.iterations={stop}")
@@ -96,3 +96,5 @@ def test_a_sharded_network_learns_what_a_whole_one_does_and_goes_on_where_it_sto
     for first, second in zip(one, two, strict=True):
         for name in ("reward/contrast", "grad_norm", "loss", "kl", "ratio"):
             assert second[name] == pytest.approx(first[name], rel=2e-3, abs=1e-7), name
+        assert second.get("loss_scale") == first.get("loss_scale")
+    assert one[1].get("loss_scale") == (2.0**20 if precision == "fp16" else None)  # after four updates

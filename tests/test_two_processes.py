@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # Metrics that do not depend on how many processes share the work.
 SAME = (
     *("reward/", "groups/", "loss", "grad_norm", "ratio", "kl", "clip", "updates", "samples"),
-    *("balance/", "composition/", "value/"),
+    *("balance/", "composition/", "value/", "loss_scale"),
 )
 CLOCK = ("seconds/", "share/", "memory/")  # metrics that are never the same twice
 pytestmark = pytest.mark.slow
@@ -104,6 +104,14 @@ def test_two_processes_learn_what_one_does(ranks, scenario):
             if name.startswith(SAME):
                 assert math.isclose(first["metrics"][step][name], value, rel_tol=1e-3, abs_tol=1e-5), name
     assert second["metrics"] == {}
+
+
+def test_two_processes_leave_out_the_same_updates(ranks):
+    """Those of them whose gradient left the range of fp16; in equal weights they agree above."""
+    metrics = ranks[0]["half precision that overflows, split"]["metrics"][2]
+    assert metrics["updates/overflowed"] > 0
+    assert metrics["updates"] == 9 - metrics["updates/overflowed"] > 0
+    assert metrics["updates/bad"] == 0
 
 
 @pytest.mark.parametrize("method", THROUGH)

@@ -336,3 +336,32 @@ def test_a_folder_of_another_model_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="holds a bert, which does not read pictures"):
         load(PolicySettings(str(tmp_path)), Noise())
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_half_precision_is_of_frozen_weights_and_of_forwards_alone(folder, files, precision, rank):
+    exact, policy = (
+        policy_of(folder, lora=LoraSettings(rank, 8), precision=name) for name in ("fp32", precision)
+    )
+    for one in (exact, policy):
+        stir(one, 0.03)
+    dtype, seen = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision]), []
+    for (name, p), wanted in zip(policy.module.named_parameters(), exact.module.parameters(), strict=True):
+        assert p.dtype == (torch.float32 if p.requires_grad else dtype), name
+        assert torch.equal(p, wanted) or not p.requires_grad, name
+    layer = next(m for name, m in policy.module.named_modules() if name.endswith("q_proj"))
+    layer.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    trajectory = policy.sample(asked(files), Plan(1), KEY)
+    assert trajectory.log_prob.dtype == torch.float32
+    (loss, found), (_, wanted) = (gradients(one, trajectory, 6) for one in (policy, exact))
+    assert loss.dtype == torch.float32
+    assert set(seen) == {dtype}
+    off, size = (
+        torch.cat([(found[name] * sign - wanted[name]).flatten() for name in wanted]).norm()
+        for sign in (1, 0)
+    )
+    assert off < {"bf16": 0.06, "fp16": 0.015}[precision] * size
