@@ -623,8 +623,7 @@ def test_half_precision_runs_and_stores_fp32(make, prompts, precision, rank):
     assert (now.log_prob - trajectory.log_prob.flatten()).abs().max() < 1e-3
     exact = make(lora=LoraSettings(rank, 6), guidance=2.0).sample(prompts, SHARED, KEY)
     assert (trajectory.outcome.media - exact.outcome.media).abs().max() < 0.1
-    if precision == "bf16":
-        check_policy(policy, prompts, SHARED, tolerance=1e-3)
+    check_policy(policy, prompts, SHARED, tolerance=1e-3)
 
 
 # ---- places
