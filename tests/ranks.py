@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,10 @@ from mmalign.contracts import LoraSettings, Policy, PolicySettings
 from mmalign.data import Prompt, PromptSource, read_prompts
 from mmalign.distributed import Distributed
 from mmalign.loss_scale import LossScale
+from mmalign.objectives import ClippedRatio, Measures
 from mmalign.pipelines import CaptionPolicy, load
 from mmalign.pipelines.flow import FlowPolicy
-from mmalign.records import Outcome, Prompts, Renoise, RewardSignal
+from mmalign.records import Minibatch, Outcome, Prompts, Renoise, RewardSignal
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
 from mmalign.trainer import Trainer, TrainingSettings
@@ -84,6 +86,16 @@ class Brighter:
 
     def prefer(self, prompts: Prompts, first: Tensor, second: Tensor) -> Tensor:
         return ((first.mean((1, 2, 3)) - second.mean((1, 2, 3))).sign() + 1) / 2
+
+
+class Lost(ClippedRatio):
+    """Its loss is NaN where samples of prompt 0 are in a minibatch: on the ranks that hold them."""
+
+    def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]:
+        losses, measures = super().__call__(policy, batch)
+        text = batch.trajectory.outcome.prompts.text
+        lost = any(text[row] == "0" for row in batch.pick.rows[batch.weight > 0].tolist())
+        return (losses * torch.nan if lost else losses), measures
 
 
 TWICE, ALIKE = Renoise(2), Renoise(2, shared=True)
@@ -229,6 +241,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "half precision that overflows, split": {
         "algorithm": FULL,
+        "objective": Lost(1e-2, 1e-2),
         "groups": 3,
         "members": 6,
         "updates": 3,
@@ -353,6 +366,7 @@ def follow(
     weights = {"redness": {0: 1.0}, "brightness": {0: 0.0 if watched else 0.5}}
     composer = given["composition"].build(weights) if "composition" in given else Composer(weights)
     algorithm = composed(given["algorithm"].build(composer.shares), composer)
+    algorithm = replace(algorithm, objective=given.get("objective", algorithm.objective))
     policy = ToyFlow(algorithm.noise, precision="fp16" if "scale" in given else "fp32")
     notes = Notes()
     settings = TrainingSettings(

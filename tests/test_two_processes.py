@@ -102,16 +102,18 @@ def test_two_processes_learn_what_one_does(ranks, scenario):
         assert first["metrics"][step].keys() == metrics.keys()
         for name, value in metrics.items():
             if name.startswith(SAME):
-                assert math.isclose(first["metrics"][step][name], value, rel_tol=1e-3, abs_tol=1e-5), name
+                other = first["metrics"][step][name]
+                lost = math.isnan(value) and math.isnan(other)
+                assert lost or math.isclose(other, value, rel_tol=1e-3, abs_tol=1e-5), name
     assert second["metrics"] == {}
 
 
 def test_two_processes_leave_out_the_same_updates(ranks):
-    """Those of them whose gradient left the range of fp16; in equal weights they agree above."""
+    """Gradients that left the range of fp16, and a loss that only one of them knows to be NaN."""
     metrics = ranks[0]["half precision that overflows, split"]["metrics"][2]
-    assert metrics["updates/overflowed"] > 0
-    assert metrics["updates"] == 9 - metrics["updates/overflowed"] > 0
-    assert metrics["updates/bad"] == 0
+    left_out = [metrics[f"updates/{name}"] for name in ("overflowed", "bad")]
+    assert min(left_out) > 0
+    assert metrics["updates"] == 9 - sum(left_out) > 0
 
 
 @pytest.mark.parametrize("method", THROUGH)
