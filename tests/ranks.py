@@ -89,12 +89,13 @@ class Brighter:
 
 
 class Lost(ClippedRatio):
-    """Its loss is NaN where samples of prompt 0 are in a minibatch: on the ranks that hold them."""
+    """Its loss is NaN where one sample of prompt 0 is in a minibatch: on the rank that holds it."""
 
     def __call__(self, policy: Policy, batch: Minibatch) -> tuple[Tensor, Measures]:
         losses, measures = super().__call__(policy, batch)
-        text = batch.trajectory.outcome.prompts.text
-        lost = any(text[row] == "0" for row in batch.pick.rows[batch.weight > 0].tolist())
+        prompts = batch.trajectory.outcome.prompts
+        rows = batch.pick.rows[batch.weight > 0].tolist()
+        lost = any(prompts.text[row] == "0" and prompts.member[row] == 0 for row in rows)
         return (losses * torch.nan if lost else losses), measures
 
 
