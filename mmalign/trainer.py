@@ -419,7 +419,7 @@ class Trainer:
         learner.updates, learner.bad, learner.bad_in_a_row = (
             state[name] for name in ("updates", "bad", "bad_in_a_row")
         )
-        # Runs in fp16 have checkpoints without one that are older than it.
+        # A run in fp16 that began before losses were scaled has none.
         if learner.scale is not None and state.get("loss_scale"):
             learner.scale.load_state_dict(state["loss_scale"])
         self.seconds = dict(state["seconds"])
