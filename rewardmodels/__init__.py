@@ -32,6 +32,7 @@ REWARDS = {
     "dino_similarity": "mmalign.rewardmodels.dino:DinoSimilarity",
     "edit_consistency": "mmalign.rewardmodels.edit_consistency:EditConsistency",
     "edit_harness": "mmalign.rewardmodels.edit_harness:EditHarness",
+    "face_identity": "mmalign.rewardmodels.face_identity:FaceIdentity",
     "framewise": "mmalign.rewardmodels.framewise:Framewise",
     "holistic": "mmalign.rewardmodels.claimdiff:Holistic",
     "identity": "mmalign.rewardmodels.identity:Identity",

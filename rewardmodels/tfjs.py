@@ -27,7 +27,12 @@ STORED: Mapping[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "int32": np.dtype("<i4"),
 }
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"Relu": F.relu, "Relu6": F.relu6}
+# What may follow a convolution; Prelu takes the slopes below zero, [..., C], as one input more.
+ACTIVATIONS: Mapping[str, Callable[..., Tensor]] = {
+    "Relu": lambda x: F.relu(x),
+    "Relu6": lambda x: F.relu6(x),
+    "Prelu": lambda x, slopes: torch.where(x < 0, slopes * x, x),
+}
 
 
 class Graph(nn.Module):
@@ -135,37 +140,53 @@ def weights(file: Path, manifest: Sequence[Mapping[str, Any]]) -> dict[str, Tens
     return found
 
 
-def convolved(said: Mapping[str, Any], x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+def convolved(said: Mapping[str, Any], x: Tensor, kernel: Tensor, *after: Tensor) -> Tensor:
     """Convolution of [B, H, W, C] with a kernel [h, w, C, D], then bias and activation."""
-    return _convolved(said, x, kernel.permute(3, 2, 0, 1), bias, groups=1)
+    return _convolved(said, x, kernel.permute(3, 2, 0, 1), after, groups=1)
 
 
-def depthwise(said: Mapping[str, Any], x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+def depthwise(said: Mapping[str, Any], x: Tensor, kernel: Tensor, *after: Tensor) -> Tensor:
     """Each channel of [B, H, W, C] with its own kernels, [h, w, C, M], to [B, H, W, C M]."""
     channels = kernel.shape[2]
-    return _convolved(said, x, kernel.flatten(2).permute(2, 0, 1)[:, None], bias, groups=channels)
+    return _convolved(said, x, kernel.flatten(2).permute(2, 0, 1)[:, None], after, groups=channels)
 
 
 def _convolved(
-    said: Mapping[str, Any], x: Tensor, kernel: Tensor, bias: Tensor | None, groups: int
+    said: Mapping[str, Any], x: Tensor, kernel: Tensor, after: Sequence[Tensor], groups: int
 ) -> Tensor:
     steps, gaps = _pair(said, "strides"), _pair(said, "dilations")
+    bias, more = (after[0], after[1:]) if after else (None, ())
     if _text(said, "padding") == "SAME":
         x = same(x, kernel.shape[2:], steps, gaps)
     found = F.conv2d(x.permute(0, 3, 1, 2), kernel, bias, steps, 0, gaps, groups).permute(0, 2, 3, 1)
     for name in _texts(said, "fused_ops"):
         if name != "BiasAdd":
-            found = ACTIVATIONS[name](found)
+            found = ACTIVATIONS[name](found, *more)
     return found
 
 
-def same(x: Tensor, window: Sequence[int], steps: Sequence[int], gaps: Sequence[int]) -> Tensor:
-    """[B, H, W, C] with zeros around, so that a window finds ceil(size / step) places."""
+def same(
+    x: Tensor, window: Sequence[int], steps: Sequence[int], gaps: Sequence[int], around_it: float = 0.0
+) -> Tensor:
+    """[B, H, W, C] with as much around that a window finds ceil(size / step) places."""
     around: list[int] = []
     for size, reach, step, gap in zip(x.shape[1:3], window, steps, gaps, strict=True):
         lacking = max(0, (math.ceil(size / step) - 1) * step + gap * (reach - 1) + 1 - size)
         around = [lacking // 2, lacking - lacking // 2, *around]
-    return F.pad(x, [0, 0, *around])
+    return F.pad(x, [0, 0, *around], value=around_it)
+
+
+def highest(said: Mapping[str, Any], x: Tensor) -> Tensor:
+    """The largest value of each channel of [B, H, W, C] in a window; what is padded is none."""
+    window, steps = _pair(said, "ksize"), _pair(said, "strides")
+    if _text(said, "padding") == "SAME":
+        x = same(x, window, steps, (1, 1), -math.inf)
+    return F.max_pool2d(x.permute(0, 3, 1, 2), window, steps).permute(0, 2, 3, 1)
+
+
+def widened(said: Mapping[str, Any], x: Tensor, counts: Tensor) -> Tensor:
+    """With so many zeros before and after each axis, counts: [axes, 2]."""
+    return F.pad(x, [count for axis in reversed(counts.tolist()) for count in axis])
 
 
 def resized(said: Mapping[str, Any], x: Tensor, size: Tensor) -> Tensor:
@@ -195,12 +216,18 @@ OPERATIONS: Mapping[str, Callable[..., Tensor]] = {
     "FusedDepthwiseConv2dNative": depthwise,
     "DepthwiseConv2dNative": depthwise,
     "ResizeBilinear": resized,
+    "MaxPool": highest,
+    "Pad": widened,
     "Mean": averaged,
     "ConcatV2": joined,
     "Add": lambda said, a, b: a + b,
+    "AddV2": lambda said, a, b: a + b,
     "Mul": lambda said, a, b: a * b,
+    "Minimum": lambda said, a, b: torch.minimum(a, b),
+    "Maximum": lambda said, a, b: torch.maximum(a, b),
     "Relu": lambda said, x: F.relu(x),
     "Relu6": lambda said, x: F.relu6(x),
+    "Prelu": lambda said, x, slopes: ACTIVATIONS["Prelu"](x, slopes),
     "Sigmoid": lambda said, x: x.sigmoid(),
     "Identity": lambda said, x: x,
 }
