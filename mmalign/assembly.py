@@ -22,7 +22,7 @@ from mmalign import __version__, checkpoints, grids, report
 from mmalign.composition import Composer, Schedule
 from mmalign.compositions import Centered
 from mmalign.config import ConfigError, RunConfig
-from mmalign.contracts import PairwiseReward, PolicySettings, Reward, Writes
+from mmalign.contracts import PairwiseReward, PolicySettings, ReadsAhead, Reward, Writes
 from mmalign.coupling import Coupled
 from mmalign.data import Prompt, PromptSource, read_prompts
 from mmalign.distributed import Distributed
@@ -182,6 +182,7 @@ def assemble(config: RunConfig, *, fresh: bool = False, write: bool = True) -> R
         prepare_folder(folder, fresh)
     distributed.barrier()
     rewards, weights = make_rewards(config)
+    read_ahead(rewards, source.prompts, heldout)
     composer = compose(config, weights, [prompt.text for prompt in source.prompts])
     algorithm = composed(config.algorithm.build(composer.shares), composer)
     check_noise(algorithm, config.training.seed)
@@ -245,6 +246,16 @@ def make_rewards(config: RunConfig) -> tuple[list[Reward], dict[str, Schedule]]:
     if len(weights) < len(rewards):
         raise ConfigError(f"every reward needs a name of its own, got {[r.name for r in rewards]}")
     return rewards, weights
+
+
+def read_ahead(rewards: Sequence[Reward], *files: Sequence[Prompt]) -> None:
+    """Let rewards that look at what prompts bring along do so; ConfigError where it does not serve them."""
+    for reward in [reward for reward in rewards if isinstance(reward, ReadsAhead)]:
+        for prompts in files:
+            try:
+                reward.read_ahead(repeat(prompts, range(len(prompts)), 1))
+            except ValueError as error:
+                raise ConfigError(f"prompts: {error}") from None
 
 
 def compose(config: RunConfig, weights: Mapping[str, Schedule], prompts: Sequence[str]) -> Composer:

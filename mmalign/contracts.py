@@ -221,6 +221,17 @@ class DifferentiableReward(Protocol):
 
 
 @runtime_checkable
+class ReadsAhead(Protocol):
+    """A reward that looks at what prompts bring along before anything is drawn."""
+
+    name: str
+
+    def read_ahead(self, prompts: Prompts) -> None:
+        """ValueError where a prompt brings nothing that it can be judged by; it names the prompt or file."""
+        ...
+
+
+@runtime_checkable
 class LatentReward(Protocol):
     """A reward that is a differentiable function of noisy latents, so that nothing has to be decoded."""
 

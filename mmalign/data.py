@@ -75,12 +75,12 @@ def _pictured(prompt: Prompt, path: Path, number: int) -> Prompt:
 
     image, video: what is asked about; a video is a folder, a file, or a list of frames.
     source: one or several to edit, to begin a video with, or to refer to. reference_image: what its subject
-    looks like.
+    looks like; several for rewards that take several.
     """
     extra = dict(prompt.extra)
     for key in ("image", "source", "reference_image"):
         named = extra.get(key)
-        files = [named] if isinstance(named, str) else named if key == "source" else None
+        files = [named] if isinstance(named, str) else None if key == "image" else named
         if not isinstance(files, list):
             continue
         whole = [str(path.parent / str(file)) for file in files]

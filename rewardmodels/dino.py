@@ -51,9 +51,8 @@ class DinoSimilarity:
     def _reference(self, outcome: Outcome, sample: int) -> Tensor:
         file = outcome.prompts.extra[sample].get("reference_image")
         if not isinstance(file, str):
-            raise ValueError(
-                f'dino_similarity: prompt {outcome.prompts.text[sample]!r} names no "reference_image"'
-            )
+            text = outcome.prompts.text[sample]
+            raise ValueError(f'dino_similarity: prompt {text!r} names no "reference_image", one file')
         if file not in self._known:
             import numpy as np
 

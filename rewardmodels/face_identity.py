@@ -56,15 +56,15 @@ class FaceIdentity:
         return RewardSignal(self.name, values[:, None], details=details)
 
     def differentiate(self, outcome: Outcome) -> Tensor:
-        """The cosine [B * views]; gradients reach the media inside of the box of the face, and nothing else."""
+        """The cosine [B * views]; gradients reach the media, of each the square around the largest face."""
         return self._judge(pictures(self.name, outcome, graph=True), outcome)[0]
 
     def _judge(self, images: Tensor, outcome: Outcome) -> tuple[Tensor, list[list[Face]]]:
         """Values [n], and the faces of each picture."""
+        self._faces.to(images.device)
         wanted = [
             self._wanted(text, extra) for text, extra in zip(texts(outcome), extras(outcome), strict=True)
         ]
-        self._faces.to(images.device)
         found = [faces for part in torch.split(images, self.batch) for faces in self._faces.find(part)]
         value = 0 * images.flatten(1)[:, 0]  # of the graph of the pictures, also where none shows a face
         shown = torch.tensor([row for row, faces in enumerate(found) if faces], dtype=torch.int64)
@@ -88,8 +88,9 @@ class FaceIdentity:
         if file not in self._known:
             import numpy as np
 
-            picture = torch.from_numpy(np.array(open_picture(Path(file)))).permute(2, 0, 1)[None].float() / 255
-            faces = self._faces.to(torch.device("cpu")).find(picture)[0]
+            pixels = torch.from_numpy(np.array(open_picture(Path(file)))).to(self._faces.device)
+            picture = pixels.permute(2, 0, 1)[None].float() / 255
+            (faces,) = self._faces.find(picture)
             if not faces:
                 raise ValueError(
                     f"face_identity: no face is found on the reference {file}; take a picture that shows it "
@@ -100,7 +101,7 @@ class FaceIdentity:
 
 
 def references(extra: Mapping[str, object]) -> Sequence[str]:
-    """The pictures of the person of a prompt: its `reference_image`, one or several, else its first `source`."""
+    """Pictures of the person of a prompt: its `reference_image`, one or several, else its first `source`."""
     named = extra.get("reference_image")
     if named is None:
         source = extra.get("source")

@@ -1,6 +1,6 @@
-"""Faces on pictures: where they lie and whose they are, by three networks of `scripts/fetch_assets.py faces`.
+"""Faces on pictures: where they lie and whose they are, by three networks (`scripts/fetch_assets.py faces`).
 
-BlazeFace   where there may be one (Bazarevsky et al. 2019, arXiv:1907.05047; that of MediaPipe for 256 pixels)
+BlazeFace   where there may be one (Bazarevsky et al. 2019, arXiv:1907.05047; MediaPipe's for 256 pixels)
 FaceMesh    whether there is one (Kartynnik et al. 2019, arXiv:1907.06724; the flag beside its mesh)
 FaceRes     whose it is, 1024 numbers of a MobileNet that told the people of VGGFace2 apart (Savchenko 2019,
             arXiv:1807.07718)
@@ -47,7 +47,7 @@ NOTHING = 1e-6  # weight of what lies off a picture by more than its size
 
 @dataclass(frozen=True)
 class Face:
-    """box: [4], left, top, right and bottom in pixels, on the CPU. score: how sure the less sure network is."""
+    """box: [4], left, top, right and bottom in pixels, on the CPU. score: that of the less sure network."""
 
     box: Tensor
     score: float
@@ -70,12 +70,13 @@ class Faces:
         self._finds = Graph(folder / BLAZEFACE, HEADS).eval()
         self._confirms = Graph(folder / FACEMESH, [FLAG]).eval()
         self._knows = Graph(folder / FACERES, [DESCRIPTOR]).eval()
-        self._least = least
+        self._least, self.device = least, torch.device("cpu")
 
-    def to(self, device: torch.device) -> Faces:
+    def to(self, device: torch.device) -> None:
+        """Look at pictures on another device."""
         for network in (self._finds, self._confirms, self._knows):
             network.to(device)
-        return self
+        self.device = device
 
     @torch.no_grad()
     def find(self, images: Tensor) -> list[list[Face]]:
@@ -107,9 +108,9 @@ class Faces:
         return sorted(found, key=lambda face: -face.area)
 
     def describe(self, images: Tensor, boxes: Tensor) -> Tensor:
-        """Whose face lies in the box [n, 4] of each picture [n, 3, H, W]: [n, 1024], of length 1, none negative.
+        """Descriptors of the face in the box [n, 4] of each picture [n, 3, H, W] in [0, 1]: [n, 1024].
 
-        Gradients reach the pictures, not the boxes.
+        Of length 1, and without a negative number. Gradients reach the pictures, not the boxes.
         """
         seen = cut(images, boxes.to(images), MARGIN, self._knows.given[1]).flip(1) * 255
         means = torch.tensor(MEANS, device=images.device).reshape(3, 1, 1)
@@ -142,8 +143,9 @@ def decoded(told: list[Tensor], side: int) -> tuple[Tensor, Tensor]:
 def cut(images: Tensor, boxes: Tensor, margin: float, side: int) -> Tensor:
     """The square around the middle of each box, drawn at `side` pixels, [n, 3, side, side].
 
-    images: [n, 3, H, W], or one for all boxes. boxes: [n, 4]. The square is `margin` times as long as the box's
-    longer side, and black where the picture ends. Linear between pixels, and averaged where it is drawn smaller.
+    images: [n, 3, H, W], or one for all boxes. boxes: [n, 4]. The square is `margin` times as long as the
+    longer side of the box, and black beside the picture. Linear between pixels, and averaged where it is
+    drawn smaller.
     """
     length = margin * (boxes[:, 2:] - boxes[:, :2]).amax(1)
     middles = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -153,12 +155,13 @@ def cut(images: Tensor, boxes: Tensor, margin: float, side: int) -> Tensor:
 
 
 def shares(middle: Tensor, length: Tensor, pixels: int, side: int) -> Tensor:
-    """What each of `pixels` in a row adds to each of `side` drawn ones of a part of the row, [n, side, pixels].
+    """What each pixel of a row adds to each of the `side` that a part of it is drawn at, [n, side, pixels].
 
     middle, length: [n], where the part lies. They add up to 1, less what lies beside the row.
     """
     step = (length / side)[:, None, None]
-    wanted = middle[:, None, None] + step * (torch.arange(side, device=middle.device)[:, None] + 0.5 - side / 2)
+    offsets = torch.arange(side, device=middle.device) + 0.5 - side / 2
+    wanted = middle[:, None, None] + step * offsets[:, None]
     given = torch.arange(-pixels, 2 * pixels, device=middle.device) + 0.5  # with as much on either side
     weight = (1 - (wanted - given).abs() / step.clamp(min=1)).clamp(min=0)
     return weight[..., pixels : 2 * pixels] / weight.sum(2, keepdim=True).clamp(min=NOTHING)

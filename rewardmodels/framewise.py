@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmalign.contracts import ReadsAhead
 from mmalign.records import Outcome, Prompts, RewardSignal, Unit
 from mmalign.rewardmodels.features import load_features
 from mmalign.rewardmodels.inputs import frames, of_frames
@@ -43,6 +44,10 @@ class Framewise:
     @property
     def name(self) -> str:
         return str(self._inner.name)
+
+    def read_ahead(self, prompts: Prompts) -> None:
+        if isinstance(self._inner, ReadsAhead):
+            self._inner.read_ahead(prompts)
 
     def __call__(self, outcome: Outcome) -> RewardSignal:
         videos = frames(self.name, outcome)

@@ -165,8 +165,10 @@ class Identity:
 
     def _reference(self, extra: Mapping[str, object]) -> Tensor | None:
         file = extra.get("reference_image")
-        if not isinstance(file, str):
+        if file is None:
             return None
+        if not isinstance(file, str):
+            raise ValueError(f'identity: it takes one "reference_image" a prompt, got {file!r}')
         import numpy as np
 
         picture = torch.from_numpy(np.array(open_picture(Path(file)))).permute(2, 0, 1).float() / 255

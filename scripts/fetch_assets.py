@@ -2,6 +2,7 @@
 
     python scripts/fetch_assets.py emoji       # Fluent Emoji 3D with their names, at 64 and 256 pixels
     python scripts/fetch_assets.py detector    # a CenterNet of COCO's classes, for `geneval`
+    python scripts/fetch_assets.py faces       # what finds faces and tells them apart, for `face_identity`
 
 The packages are MIT, come through `npm pack` from the registry npm is set to, and must match a checksum.
 Rerunning goes on where the last run stopped. Flags are left out: their names say nothing about their looks.
@@ -48,7 +49,11 @@ NAMES = Package(
 HUMAN = Package(
     "@vladmandic/human", "3.3.6", "425e9c51dbbca0c8934362b170cb0d54c2529c11c654b3c03092b16e9d6ad3f7"
 )
-DETECTOR = ("models/centernet.json", "models/centernet.bin", "LICENSE")
+NETWORKS = {"detector": ("centernet",), "faces": ("blazeface", "facemesh", "faceres")}
+USED = {
+    "detector": "geneval: {{weight: 1, model: {out}, clip: null}}",
+    "faces": "face_identity: {{weight: 1, model: {out}}}",
+}
 
 
 @dataclass(frozen=True)
@@ -161,23 +166,23 @@ def write_folders(pictures: Path, emojis: Sequence[Emoji], out: Path) -> None:
     print(f"{out}: {len(train)} pictures with prompts for training, {len(held_out)} held out")
 
 
-def write_detector(tarball: Path, out: Path) -> None:
-    """Writes the files of the detector side by side; `out` appears only when all are there."""
+def write_networks(tarball: Path, names: Sequence[str], out: Path) -> None:
+    """Writes the files of the networks side by side; `out` appears only when all are there."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    files = [f"models/{name}.{kind}" for name in names for kind in ("json", "bin")]
     with tarfile.open(tarball) as archive:
-        for name in DETECTOR:
+        for name in (*files, "LICENSE"):
             (partial / Path(name).name).write_bytes(archive.extractfile(f"package/{name}").read())
     os.rename(partial, out)
-    print(f"{out}: geneval: {{weight: 1, model: {out}, clip: null}}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=("emoji", "detector"), default="emoji")
+    parser.add_argument("what", nargs="?", choices=("emoji", *NETWORKS), default="emoji")
     parser.add_argument("--out", type=Path, help="folder to write; data/WHAT where left out")
     parser.add_argument("--downloads", type=Path, default=Path("data/downloads"))
     chosen = parser.parse_args()
@@ -186,8 +191,9 @@ def main() -> None:
         print(f"{out}: is there already")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    if chosen.what == "detector":
-        write_detector(fetch(HUMAN, chosen.downloads), out)
+    if chosen.what in NETWORKS:
+        write_networks(fetch(HUMAN, chosen.downloads), NETWORKS[chosen.what], out)
+        print(f"{out}: {USED[chosen.what].format(out=out)}")
     else:
         names = read_names(fetch(NAMES, chosen.downloads))
         write_folders(fetch(PICTURES, chosen.downloads), names, out)

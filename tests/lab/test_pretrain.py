@@ -372,14 +372,14 @@ def test_a_package_with_another_checksum_is_refused(fetch_assets, tmp_path: Path
         fetch_assets.fetch(fetch_assets.NAMES, tmp_path)
 
 
-def test_a_detector_lies_in_a_folder_of_its_own_when_all_of_it_is_there(fetch_assets, tmp_path: Path):
+def test_networks_lie_in_a_folder_of_their_own_when_all_of_them_are_there(fetch_assets, tmp_path: Path):
     tarball = tmp_path / "package.tgz"
     with tarfile.open(tarball, "w:gz") as archive:
         for name in ("models/centernet.json", "models/other.bin", "LICENSE", "models/centernet.bin"):
             member = tarfile.TarInfo(f"package/{name}")
             member.size = len(name)
             archive.addfile(member, io.BytesIO(name.encode()))
-    fetch_assets.write_detector(tarball, tmp_path / "detector")
+    fetch_assets.write_networks(tarball, ["centernet"], tmp_path / "detector")
     found = {path.name: path.read_text() for path in (tmp_path / "detector").iterdir()}
     assert found == {
         "centernet.json": "models/centernet.json",

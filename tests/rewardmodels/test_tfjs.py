@@ -44,6 +44,27 @@ KNOWN = torch.tensor([
 # fmt: on
 
 
+# By the same of the graph that `pooled` writes.
+# fmt: off
+POOLED = torch.tensor([
+    [[1.24316, 1.24316, 1.24316], [1.24316, 1.24316, 1.24316], [1.24316, 1.24316, 1.24316],
+     [1.24316, 1.24316, 1.24316]],
+    [[1.18819, 1.19078, 1.23289], [0.96597, 0.906, 1.078], [1.05921, 0.84317, 1.17611],
+     [0.90307, 0.14931, 1.29442]],
+    [[-0.26466, -0.2191, -0.27952], [-0.25372, -0.22683, -0.23826], [-0.25631, -0.25165, -0.2808],
+     [-0.31192, -0.30478, -0.30373]],
+    [[-0.58461, -0.68491, -0.59623], [-1.5, -1.5, -0.53446], [-1.5, -1.30404, -0.53826],
+     [-1.37199, -0.74443, -0.60387]],
+    [[1.01953, 1.01953, 1.01953], [0.61144, 0.75865, 1.01953], [1.00208, 0.8092, 1.01953],
+     [1.01953, 1.01953, 1.01953]],
+    [[0.01878, 0.17553, 0.03798], [0.7428, 0.28165, 0.0102], [0.30025, 0.21486, 0.08903],
+     [0.11715, 0.41275, 0.07814]],
+    [[-1.43332, -1.24774, -1.5], [-1.40603, -1.11408, -1.29281], [-1.2627, -1.08758, -1.49578],
+     [-1.29999, -1.23428, -1.5]],
+])
+# fmt: on
+
+
 def picture() -> torch.Tensor:
     return torch.from_numpy(waves(1, 7, 6, 3, start=0.5).astype(np.float32))
 
@@ -87,10 +108,64 @@ def saved(folder: Path) -> Path:
     return write(folder, "tiny", constants, nodes)
 
 
+def pooled(folder: Path) -> Path:
+    """A graph of what networks of faces have beside: pools of odd sizes, slopes, wider and bounded values."""
+    constants = {
+        "k1": waves(3, 3, 3, 4),
+        "b1": waves(4, start=1) - np.float16(3),
+        "s1": waves(1, 1, 4, start=2) / np.float16(4) + np.float16(0.5),
+        "wider": np.array([[0, 0], [0, 0], [0, 0], [1, 2]], np.int32),
+        "around": np.array([[0, 0], [1, 0], [0, 1], [0, 0]], np.int32),
+        "k2": waves(1, 1, 7, 7, start=6),
+        "s2": waves(1, 1, 7, start=3),
+        "floor": np.array(-1.5, np.float16),
+        "ceiling": waves(7, start=4) + np.float16(2),
+        "axes": np.array([1, 2], np.int32),
+    }
+
+    def pool(window: int, step: int, padding: str) -> dict:
+        sizes = {"list": {"i": ["1", str(window), str(window), "1"]}}
+        return moves(step, padding) | {"ksize": sizes}
+
+    plain = {"T": {"type": "DT_FLOAT"}}
+    shape = {"shape": {"shape": {"dim": [{"size": str(size)} for size in (-1, 7, 6, 3)]}}}
+    counts = plain | {"Tpaddings": {"type": "DT_INT32"}}
+    sloped = moves(1, "SAME", "BiasAdd", "Prelu") | {"num_args": {"i": "2"}}
+    nodes = [
+        ("x", "Placeholder", [], shape | {"dtype": {"type": "DT_FLOAT"}}),
+        ("bent", "_FusedConv2D", ["x", "k1", "b1", "s1"], sloped),
+        ("halved", "MaxPool", ["bent"], pool(3, 2, "SAME")),
+        ("inner", "MaxPool", ["bent"], pool(3, 2, "VALID")),
+        ("thick", "Pad", ["halved", "wider"], counts),
+        ("grown", "Pad", ["inner", "around"], counts),
+        ("both", "Pad", ["grown", "wider"], counts),
+        ("mixed", "Conv2D", ["thick", "k2"], moves(1, "VALID")),
+        ("sum", "AddV2", ["mixed", "both"], plain),
+        ("slope", "Prelu", ["sum", "s2"], plain),
+        ("below", "Minimum", ["slope", "ceiling"], plain),
+        ("within", "Maximum", ["below", "floor"], plain),
+        ("mean", "Mean", ["within", "axes"], plain | {"keep_dims": {"b": False}}),
+    ]
+    return write(folder, "pooled", constants, nodes)
+
+
 def test_a_graph_computes_what_tensorflow_js_does(tmp_path):
     graph = Graph(saved(tmp_path), ["told"])
     assert graph.given == (1, 7, 6, 3)
     assert_close(graph(picture())["told"], KNOWN.permute(1, 2, 0)[None], atol=1e-5, rtol=1e-5)
+
+
+def test_pools_slopes_and_bounds_are_those_of_tensorflow_js(tmp_path):
+    graph = Graph(pooled(tmp_path), ["within", "mean"])
+    told = graph(picture())
+    assert_close(told["within"], POOLED.permute(1, 2, 0)[None], atol=1e-5, rtol=1e-5)
+    assert_close(told["mean"], POOLED.mean((1, 2))[None], atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_pass_pools_slopes_and_bounds(tmp_path):
+    graph = Graph(pooled(tmp_path), ["within"]).double()
+    seen = torch.rand(2, 7, 6, 3, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: graph(x)["within"], seen)
 
 
 def test_pictures_of_other_sizes_and_numbers_pass_and_gradients_reach_them(tmp_path):
