@@ -122,3 +122,8 @@ def test_sources_are_found_from_the_folder_of_the_file(tmp_path):
     file.write_text('{"prompt": "x", "source": ["a.png", "c.png"]}')
     with pytest.raises(PromptError, match=r"line 1: there is no picture .*c\.png"):
         read_prompts(file)
+    file.write_text('{"prompt": "x", "reference_image": ["b.png", "a.png"]}')
+    assert read_prompts(file)[0].extra["reference_image"] == [
+        str(tmp_path / "b.png"),
+        str(tmp_path / "a.png"),
+    ]

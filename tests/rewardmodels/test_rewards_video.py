@@ -289,6 +289,15 @@ def test_a_box_names_the_subject():
             Identity().terms(video(clip), {"box": bad})
 
 
+def test_several_references_are_refused_and_not_passed_over():
+    rng = random.Random(1)
+    clip = compose_clip(sample_clip_task(rng, "two_motions"), rng)
+    with pytest.raises(
+        ValueError, match=r"identity: it takes one \"reference_image\" a prompt, got \['a.png'"
+    ):
+        Identity().terms(video(clip), {"reference_image": ["a.png", "b.png"]})
+
+
 class Still:
     """A tracker of one's own: the subject never leaves its place."""
 

@@ -165,8 +165,10 @@ def test_dino_similarity_compares_with_the_reference_of_the_prompt(tmp_path, out
     found = reward(Outcome(prompts, outcome.media)).values[:, 0]
     assert found[0] > 0.999
     assert found[1] < found[0]
-    with pytest.raises(ValueError, match="names no"):
-        reward(outcome)
+    several = [{"reference_image": files}] * 3
+    for extra in ([{}] * 3, several):
+        with pytest.raises(ValueError, match='names no "reference_image", one file'):
+            reward(Outcome(Prompts(PROMPTS, prompts.group, prompts.member, extra), outcome.media))
 
 
 @pytest.mark.parametrize("name", ["clip_score", "pickscore", "sharpness"])
