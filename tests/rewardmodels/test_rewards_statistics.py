@@ -1,11 +1,11 @@
-"""Contrast and colorfulness against numbers one can check by hand."""
+"""Contrast, colorfulness and sharpness against numbers one can check by hand."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from mmalign.records import Outcome, Prompts
-from mmalign.rewardmodels.statistics import Colorfulness, Contrast
+from mmalign.rewardmodels.statistics import Colorfulness, Contrast, Sharpness
 from mmalign.testing import check_reward
 
 
@@ -25,7 +25,7 @@ def halves(left, right) -> torch.Tensor:
     return image
 
 
-@pytest.mark.parametrize("reward", [Contrast(), Colorfulness()], ids=lambda r: r.name)
+@pytest.mark.parametrize("reward", [Contrast(), Colorfulness(), Sharpness()], ids=lambda r: r.name)
 def test_it_keeps_the_contract_and_has_the_gradient_of_its_value(reward):
     generator = torch.Generator().manual_seed(0)
     shown = outcome(*torch.rand(3, 3, 8, 8, generator=generator))
@@ -52,6 +52,13 @@ def test_colorfulness_is_its_formula():
     found = Colorfulness()(outcome(gray, red, both)).values[:, 0]
     expected = [0.0, 0.3 * 1.25**0.5, (0.25 + 0.5625) ** 0.5 + 0.3 * (0.25 + 0.0625) ** 0.5]
     assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_sharpness_is_the_mean_square_of_the_laplacian_of_inner_pixels():
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * torch.ones(3, 1, 1)  # each step is the largest
+    edge = halves((0.0,) * 3, (1.0, 0.0, 0.0))  # +.299 and -.299 in two of the six inner columns
+    found = Sharpness()(outcome(flat(0.3, 0.3, 0.3), board, edge)).values[:, 0]
+    assert_close(found, torch.tensor([0.0, 16.0, 0.299**2 / 3]), atol=1e-5, rtol=0)
 
 
 def test_a_blank_picture_has_a_finite_gradient():

@@ -1,5 +1,6 @@
 """Rewards are found by name, made with checked settings, and may be a user's own file."""
 
+import itertools
 import re
 import sys
 from importlib import import_module
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmalign.records import Unit
 from mmalign.rewardmodels import REWARDS, load
 from mmalign.testing import check_reward
 
@@ -46,6 +48,22 @@ def own(tmp_path, monkeypatch):
 def test_every_reward_carries_the_name_of_its_entry(name):
     module, _, kind = REWARDS[name].partition(":")
     assert getattr(import_module(module), kind).name == name
+
+
+def test_every_reward_has_a_row_with_its_range_and_unit_in_the_docs():
+    lines = (ROOT / "docs/rewards.md").read_text().splitlines()
+    start = lines.index(next(line for line in lines if line.startswith("| name | judges | range | unit |")))
+    columns = [cell.strip() for cell in lines[start].strip("|").split("|")]
+    rows = {}
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert len(cells) == len(columns), line
+        rows |= {name: dict(zip(columns, cells, strict=True)) for name in re.findall(r"`(\w+)`", cells[0])}
+    assert rows.keys() == REWARDS.keys()
+    for name, row in rows.items():
+        assert row["range"].strip("–"), name
+        units = {unit.value[0] for unit in Unit} | {"own"}  # that of another reward
+        assert units & set(re.findall(r"\w+", row["unit"])), name
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
