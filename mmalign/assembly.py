@@ -23,6 +23,7 @@ from mmalign.composition import Composer, Schedule
 from mmalign.compositions import Centered
 from mmalign.config import ConfigError, RunConfig
 from mmalign.contracts import PairwiseReward, PolicySettings, ReadsAhead, Reward, Writes
+from mmalign.copies import numel
 from mmalign.coupling import Coupled
 from mmalign.data import Prompt, PromptSource, read_prompts
 from mmalign.distributed import Distributed
@@ -444,8 +445,8 @@ def derive(
     prompts: int,
 ) -> dict[str, Any]:
     """What follows from the settings and is never set: sizes of batches, counts of updates and forwards."""
-    trained = sum(p.numel() for p in policy.module.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in policy.module.parameters())
+    trained = sum(numel(p) for p in policy.module.parameters() if p.requires_grad)
+    whole = sum(numel(p) for p in policy.module.parameters())
     groups, size, settings = config.prompts.per_iteration, config.prompts.group, config.training
     samples = groups * size
     found = [algorithm.plans(i, config.training.seed) for i in range(min(64, config.training.iterations))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -117,6 +117,18 @@ class TellsPrecision(Protocol):
     def precision(self) -> str:
         """fp32, bf16 or fp16; where it is fp16, losses are scaled (`mmalign.loss_scale`)."""
         ...
+
+
+@runtime_checkable
+class KeepsStep(Protocol):
+    """A policy that makes more forwards for some samples than for others, as texts differ in length.
+
+    anyone: whether any process says yes, to be asked by all before each forward that not all would make.
+    The trainer sets it where a forward takes all processes, each of which holds a part of the weights; else
+    it gives back what it is asked.
+    """
+
+    anyone: Callable[[bool], bool]
 
 
 @runtime_checkable

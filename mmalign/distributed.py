@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from mmalign.copies import forgetting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,11 +29,15 @@ class Distributed:
         from accelerate import Accelerator
 
         self._accelerator: Any = Accelerator(cpu=device == "cpu", mixed_precision="no")
-        if self.kind == "deepspeed" and self._accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(
-                "DeepSpeed ZeRO-3 leaves nothing of a parameter in its place, so that frozen copies (KL, old "
-                "policy, average) cannot be kept: launch with assets/accelerate/fsdp2.yaml, it shards as much"
-            )
+        if self.kind == "deepspeed":
+            plugin = self._accelerator.state.deepspeed_plugin
+            if str(plugin.offload_param_device) == "nvme":
+                raise ValueError(
+                    "deepspeed_config.offload_param_device: frozen copies (KL, old policy, average) are kept "
+                    "where the parameters are, which cannot be a disk; got nvme, set it to none or cpu"
+                )
+            # Else transformers shards all that it loads, text encoders and rewards too, and nobody gathers.
+            plugin.dschf = None
 
     @property
     def rank(self) -> int:
@@ -56,20 +63,41 @@ class Distributed:
 
     @property
     def sharded(self) -> bool:
-        """Whether ranks hold parts of the parameters rather than all of them."""
+        """Whether ranks hold parts of the parameters, or of their optimizer, rather than all of them."""
         return self.kind in ("fsdp", "deepspeed")
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a forward takes all ranks, as each of them holds a part of the parameters."""
+        return self.kind == "fsdp" or (self.kind == "deepspeed" and self._stage == 3)
+
+    @property
+    def _stage(self) -> int:
+        return int(self._accelerator.state.deepspeed_plugin.zero_stage)
+
+    @property
+    def holding(self) -> str:
+        """What a rank holds of parameters and optimizer; a checkpoint is only for those who hold the same."""
+        if not self.sharded:
+            return "all weights"
+        by = f"ZeRO-{self._stage}" if self.kind == "deepspeed" else "FSDP"
+        return f"shards of {self.world} processes by {by}"
 
     # The network.
 
     def prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, limit: float
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Both as the launcher wants them; the module may come back wrapped."""
+        """Both as the launcher wants them; the module may come back wrapped.
+
+        limit: that `clip` will be asked for, which DeepSpeed must know before it makes the first gradient.
+        """
         if self.kind == "deepspeed":
             # It asks for a batch size, of which nothing depends here: samples are dealt out by the trainer.
             config = self._accelerator.state.deepspeed_plugin.deepspeed_config
             if config.get("train_micro_batch_size_per_gpu", "auto") == "auto":
                 config["train_micro_batch_size_per_gpu"] = 1
+            config["gradient_clipping"] = limit
         module, optimizer = self._accelerator.prepare(module, optimizer)
         if isinstance(module, DistributedDataParallel):
             # A frozen network's buffers do not change, and ranks need not make equally many forwards.
@@ -94,11 +122,19 @@ class Distributed:
                 yield
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of a loss that is summed, not averaged, over ranks."""
-        self._accelerator.backward(loss * self.world)  # every backend averages gradients over ranks
+        """Add the gradient of this rank's share of a loss that is summed, not averaged, over ranks.
+
+        DeepSpeed clips and steps in here, with the last minibatch, and leaves out a step whose gradient is
+        not finite; a loss that is not makes it such a one.
+        """
+        scale = self.world if self.kind != "deepspeed" or loss.isfinite() else math.nan
+        self._accelerator.backward(loss * scale)  # every backend averages gradients over ranks
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-        """Scale the gradient down to norm `limit`; gives the norm before, over all ranks."""
+        """Scale the gradient down to norm `limit`; gives the norm before, over all ranks.
+
+        Under DeepSpeed that was done; an infinite norm tells that there was no step.
+        """
         norm = self._accelerator.clip_grad_norm_(parameters, limit)
         return torch.as_tensor(0.0 if norm is None else norm).detach()
 
@@ -148,24 +184,39 @@ class Distributed:
     # Sharded parameters and optimizers, which no rank holds as a whole.
 
     def whole(self, module: nn.Module) -> dict[str, Tensor] | None:
-        """The state dict of a sharded module, gathered on the main process; None where nothing is sharded."""
+        """The state dict of a sharded module, gathered on the main process; None where nothing is sharded.
+
+        Of ZeRO-3 without the frozen parameters, which are never written; all ranks must call it.
+        """
         if not self.sharded:
             return None
+        if self.kind == "deepspeed" and self._stage == 3:
+            return self._gathered(module)
         state: dict[str, Tensor] = self._accelerator.get_state_dict(module)
         return state
 
+    def _gathered(self, module: nn.Module) -> dict[str, Tensor]:
+        """What ZeRO-3 has sharded, gathered one parameter at a time; empty but on the main process."""
+        import deepspeed
+
+        forgetting(module)()  # what leaves the context must have entered it sharded
+        state = {}
+        for name, tensor in self.unwrap(module).state_dict(keep_vars=True).items():
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters(tensor):  # no-op for a buffer
+                if self.is_main:
+                    state[name] = tensor.detach().to("cpu", copy=True)
+        return state
+
     def save_sharded(self, folder: Path) -> None:
-        self._accelerator.save_state(str(folder), safe_serialization=True)
+        own = {"exclude_frozen_parameters": True} if self.kind == "deepspeed" else {}
+        self._accelerator.save_state(str(folder), safe_serialization=True, **own)
 
     def load_sharded(self, folder: Path) -> None:
-        self._accelerator.load_state(str(folder))
+        own = {"load_module_strict": False} if self.kind == "deepspeed" else {}
+        self._accelerator.load_state(str(folder), **own)
 
     def close(self) -> None:
         """Leave the process group; the last thing a run does."""
         self._accelerator.end_training()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank holds; any other tensor as it is."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
-    return part

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmalign.checkpoints import weights_of
-from mmalign.contracts import Policy, TellsPrecision
+from mmalign.contracts import KeepsStep, Policy, TellsPrecision
 from mmalign.copies import Copies
 from mmalign.coupling import Coupled
 from mmalign.credit import Peers
@@ -100,10 +100,12 @@ class Learner:
             raise ValueError(
                 "objectives can only be balanced where every rank holds all parameters, not sharded"
             )
-        policy.module, self.optimizer = distributed.prepare(policy.module, optimizer)
+        policy.module, self.optimizer = distributed.prepare(policy.module, optimizer, settings.grad_clip)
         self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
-        if any(a is not b for a, b in zip(trainable, self.parameters, strict=True)):
-            policy.copies = Copies(policy.module)  # sharding has replaced the parameters
+        if distributed.sharded:
+            policy.copies = Copies(policy.module)  # sharding has replaced the parameters, or emptied them
+        if distributed.gathers and isinstance(policy, KeepsStep):
+            policy.anyone = distributed.any
         for name in algorithm.copies:
             policy.copies.save(name)
         for name, folder in algorithm.loaded.items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from mmalign.distributed import local
+from mmalign.copies import local
 
 FLOOR = 1.0  # of the scale: what is not finite without any is no matter of scale
 CEILING = 2.0**32  # nor is what is zero even so

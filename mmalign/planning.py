@@ -44,7 +44,7 @@ Sharding = Literal["ddp", "zero2", "zero3"]
 SHARDINGS: dict[Sharding, str] = {
     "ddp": "DDP, nothing is shared out",
     "zero2": "DeepSpeed ZeRO-2, gradients and optimizer are",
-    "zero3": "FSDP2, as DeepSpeed ZeRO-3, the weights as well",
+    "zero3": "FSDP2 or DeepSpeed ZeRO-3, the weights as well",
 }
 RESERVED = 0.08  # share of a device that the runtime, its libraries and fragmentation take
 GIB = 2**30

@@ -18,7 +18,7 @@ from mmalign.composition import Composer
 from mmalign.contracts import Key, LearnedReward, Policy
 from mmalign.coupling import Coupled
 from mmalign.credit import Credit, Peers
-from mmalign.distributed import Distributed, local
+from mmalign.distributed import Distributed
 from mmalign.gradients import Differentiated, OnLatents
 from mmalign.health import Clock, Running, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
@@ -356,6 +356,7 @@ class Trainer:
         own = self.distributed.gather_objects([{"random": checkpoints.random_state(), "rewards": learned}])
         state: dict[str, Any] = {
             "iteration": self.iteration,
+            "holding": self.distributed.holding,
             "updates": self.learner.updates,
             "bad": self.learner.bad,
             "bad_in_a_row": self.learner.bad_in_a_row,
@@ -369,7 +370,8 @@ class Trainer:
         }
         if self.distributed.sharded:
             self.distributed.save_sharded(folder / SHARDED)
-            torch.save(self._local_copies(), folder / SHARDED / f"copies_{self.distributed.rank}.pt")
+            copies = folder / SHARDED / f"copies_{self.distributed.rank}.pt"
+            torch.save(self.policy.copies.state_dict(), copies)
         else:
             state |= {"weights": self._weights(), "optimizer": self.learner.optimizer.state_dict()}
             state["copies"] = self.policy.copies.state_dict()
@@ -387,10 +389,6 @@ class Trainer:
             folder.mkdir(exist_ok=True)
             self.policy.save(folder, whole)
 
-    def _local_copies(self) -> dict[str, list[Tensor]]:
-        copies = self.policy.copies.state_dict()
-        return {name: [local(t).clone() for t in tensors] for name, tensors in copies.items()}
-
     def resume(self) -> bool:
         """Go back to the latest complete checkpoint of the run directory, if there is one."""
         folder = checkpoints.latest(self.run_dir) if self.run_dir is not None else None
@@ -404,13 +402,16 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Take over the state of a checkpoint."""
         state = checkpoints.read_state(folder)
+        held, holding = state.get("holding", self.distributed.holding), self.distributed.holding
+        if held != holding:
+            raise checkpoints.CheckpointError(
+                f"{folder} holds {held}, and each process of this run is to hold {holding}: launch it as "
+                "before"
+            )
         if self.distributed.sharded:
             self.distributed.load_sharded(folder / SHARDED)
             own = torch.load(folder / SHARDED / f"copies_{self.distributed.rank}.pt", weights_only=True)
-            for name, tensors in own.items():
-                self.policy.copies.save(name)
-                for mine, saved in zip(self.policy.copies.state_dict()[name], tensors, strict=True):
-                    local(mine).copy_(saved)
+            self.policy.copies.load_state_dict(own)
         else:
             self._take(state["weights"], folder)
             self.learner.load_optimizer(state["optimizer"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.contracts import Forwards, Key, PolicySettings, RolloutError, TextSettings
-from mmalign.copies import Copies
+from mmalign.copies import Copies, is_sharded
 from mmalign.pictures import Clip, asked, in_message, open_picture
 from mmalign.pipelines.flow import (
     ADAPTER_FILE,
@@ -143,6 +143,7 @@ class CaptionPolicy:
         self.adapter, self.settings, self.text = adapter, settings, settings.text
         self.device, self.chunk = torch.device(device), chunk
         self.forwards = Forwards()
+        self.anyone: Callable[[bool], bool] = bool  # replaced where other processes must keep step
         self.cached_inputs = 1024  # pictures and prompts whose inputs are kept; raise it to hold all of a run
         self._cache: OrderedDict[tuple[str, str | Clip], Inputs] = OrderedDict()
         self._network = cast(Any, adapter.model)
@@ -252,7 +253,7 @@ class CaptionPolicy:
         made = hashlib.blake2b(digest_size=16)
         for p in self._network.parameters():
             if p.requires_grad:
-                if hasattr(p, "full_tensor"):
+                if is_sharded(p):
                     raise ValueError("policy.rollout: sharded weights cannot be written for a server")
                 made.update(p.detach().float().cpu().numpy().tobytes())
         return made.hexdigest()
@@ -324,7 +325,10 @@ class CaptionPolicy:
             likely[alive, step] = log_p.gather(1, drawn[:, None])[:, 0].float()
             open_ = ~torch.isin(drawn, self._ends)
             left = open_.nonzero()[:, 0]  # one wait for the device a token, as in any sampler
-            if not len(left) or step == steps - 1:
+            if step == steps - 1 or not self.anyone(len(left) > 0):
+                break
+            if not len(left):
+                self._accompany(prefix, rows, drawn, step, steps)
                 break
             if len(left) < len(alive):
                 alive, drawn = alive[left], drawn[left]
@@ -333,6 +337,19 @@ class CaptionPolicy:
             self.forwards.sample += len(drawn)
             logits, rows = logits[:, -1], None
         return token, mask, likely
+
+    def _accompany(self, prefix: Prefix, rows: Tensor | None, drawn: Tensor, step: int, steps: int) -> None:
+        """Forwards of one row that nobody reads, from `step` on for as long as another process writes.
+
+        Of sharded weights every process holds a part that the others need for their forwards.
+        """
+        row = torch.zeros(1, dtype=torch.int64, device=self.device) if rows is None else rows[:1]
+        going, later = True, cast(Tensor | None, row)
+        while going:
+            _, prefix = self.adapter.extend(self.module, prefix, later, drawn[:1, None], step)
+            self.forwards.sample += 1
+            step, later = step + 1, None
+            going = step < steps - 1 and self.anyone(False)
 
     def _prefix(self, prompts: Prompts) -> tuple[Prefix, Tensor]:
         """What the network has read of each distinct prompt, and which of them each sample continues [B]."""

@@ -1,4 +1,7 @@
-"""`mmalign train` in one of several processes that shard the network by FSDP2, on the CPU."""
+"""`mmalign train` in one of several processes that shard the network by FSDP2, on the CPU.
+
+Arguments: the class of the layers that are gathered one at a time, then those of mmalign.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ FSDP = {
     "FSDP_VERSION": "2",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "JointTransformerBlock",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 
 
 def main() -> None:
-    os.environ.update(FSDP)
+    layer, *asked = sys.argv[1:]
+    os.environ.update(FSDP | {"FSDP_TRANSFORMER_CLS_TO_WRAP": layer})
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
@@ -41,7 +44,7 @@ def main() -> None:
         assert sum(p.to_local().numel() for p in parameters) < 0.7 * sum(p.numel() for p in parameters)
 
     Trainer.run = watched  # type: ignore[method-assign]
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(cli.main(asked))
 
 
 if __name__ == "__main__":

@@ -28,37 +28,46 @@ def test_alone_a_process_is_the_main_one_and_gathers_itself():
 class DeepSpeed:
     """What of an accelerator under DeepSpeed is looked at."""
 
-    def __init__(self, stage: int) -> None:
+    def __init__(self, stage: int, device: str = "none") -> None:
+        self.num_processes = 2
         self.distributed_type = SimpleNamespace(value="DEEPSPEED")
-        config = {"train_micro_batch_size_per_gpu": "auto"}
-        self.state = SimpleNamespace(
-            deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config=config)
-        )
+        plugin = SimpleNamespace(zero_stage=stage, offload_param_device=device, dschf=object())
+        plugin.deepspeed_config = {"train_micro_batch_size_per_gpu": "auto"}
+        self.state = SimpleNamespace(deepspeed_plugin=plugin)
 
     def prepare(self, *parts: object) -> tuple[object, ...]:
-        assert self.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] == 1
+        config = self.state.deepspeed_plugin.deepspeed_config
+        assert config == {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.3}
         return parts
 
 
-def test_deepspeed_is_told_the_batch_size_that_it_insists_on(monkeypatch):
-    """Its 0.19.8, not installed here, then gives the numbers of one process with two by ZeRO-2."""
+def test_deepspeed_is_told_the_batch_size_that_it_insists_on_and_where_to_clip(monkeypatch):
+    """What it makes of it is in test_sharded, where it is installed."""
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: DeepSpeed(2))
     model = nn.Linear(3, 1)
     found = Distributed("cpu")
-    assert found.sharded
-    assert found.prepare(model, torch.optim.AdamW(model.parameters()))[0] is model
+    assert (found.sharded, found.holding) == (True, "shards of 2 processes by ZeRO-2")
+    assert found.prepare(model, torch.optim.AdamW(model.parameters()), 0.3)[0] is model
 
 
-def test_what_leaves_no_parameter_in_its_place_is_refused(monkeypatch):
-    monkeypatch.setattr("accelerate.Accelerator", lambda **_: DeepSpeed(3))
-    with pytest.raises(ValueError, match=r"DeepSpeed ZeRO-3 .* launch with assets/accelerate/fsdp2\.yaml"):
+def test_weights_on_a_disk_are_refused(monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: DeepSpeed(3, "nvme"))
+    with pytest.raises(ValueError, match=r"offload_param_device: .* got nvme, set it to none or cpu"):
         Distributed("cpu")
+
+
+def test_what_transformers_loads_stays_whole(monkeypatch):
+    """It shards while the plugin holds a configuration, of which it only keeps a weak reference."""
+    made = DeepSpeed(3)
+    monkeypatch.setattr("accelerate.Accelerator", lambda **_: made)
+    Distributed("cpu")
+    assert made.state.deepspeed_plugin.dschf is None
 
 
 def test_a_loss_in_parts_has_the_gradient_of_the_whole():
     alone = Distributed("cpu")
     model = nn.Linear(3, 1)
-    module, optimizer = alone.prepare(model, torch.optim.AdamW(model.parameters()))
+    module, optimizer = alone.prepare(model, torch.optim.AdamW(model.parameters()), 0.1)
     assert alone.unwrap(module) is model
     x = torch.randn(6, 3)
     for i in range(3):

@@ -168,7 +168,7 @@ def test_a_recipe_runs(path, tmp_path, monkeypatch, capsys):
 
 def test_there_is_a_launch_configuration_for_every_kind_of_machine():
     assert {path.stem for path in LAUNCHERS} >= {
-        "cpu", "cpu_2", "one_gpu", "multi_gpu", "fsdp2", "deepspeed_zero2", "multi_node"
+        "cpu", "cpu_2", "one_gpu", "multi_gpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3", "multi_node"
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from toys import Notes, ToyFlow, source
 
 from mmalign import checkpoints
 from mmalign.algorithms.flow_grpo import FlowGRPO
+from mmalign.distributed import Distributed
 from mmalign.scoring import Scorer
 from mmalign.trainer import Trainer, TrainingSettings
 
@@ -86,6 +87,16 @@ def test_a_resumed_run_does_not_start_again(tmp_path):
     assert longer.iteration == 2
     for a, b in zip(longer.learner.parameters, first.learner.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_shards_goes_on_where_they_are_cut_alike(tmp_path, monkeypatch):
+    make(tmp_path, iterations=1).run()
+    monkeypatch.setattr(Distributed, "holding", "shards of 2 processes by ZeRO-3")
+    said = (
+        "holds all weights, and each process of this run is to hold shards of 2 processes by ZeRO-3: launch"
+    )
+    with pytest.raises(checkpoints.CheckpointError, match=said):
+        make(tmp_path, iterations=2).run()
 
 
 def test_a_checkpoint_of_another_policy_is_refused(tmp_path):

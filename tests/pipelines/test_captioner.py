@@ -192,6 +192,32 @@ def test_a_text_ends_once(folder, files):
         assert ends[row].any() or length[row] == 12
 
 
+@pytest.mark.parametrize("others", [0, 4, 99])
+def test_it_keeps_step_while_another_process_writes(folder, files, others):
+    """others: forwards that another process needs for its longest text, of which every one takes all."""
+    policy, prompts = policy_of(folder, TextSettings(max_tokens=12, temperature=5.0)), asked(files, 1)
+    policy._ends = torch.arange(0, len(policy.adapter.tokenizer), 3)  # most texts are short
+    calls: list[int] = []
+    extend = policy.adapter.extend
+
+    def counted(*given: Any) -> Any:
+        calls.append(len(given[3]))
+        return extend(*given)
+
+    policy.adapter.extend = counted
+    alone = policy.sample(prompts, Plan(1), KEY)
+    needed = len(calls)
+    assert 0 < needed < 11
+    calls.clear()
+    policy.anyone = lambda mine: mine or len(calls) < others
+    found = policy.sample(prompts, Plan(1), KEY)
+    assert len(calls) == min(max(needed, others), 11)
+    assert set(calls[needed:]) <= {1}
+    assert found.outcome.media == alone.outcome.media
+    assert torch.equal(found.log_prob, alone.log_prob)
+    assert torch.equal(found.mask, alone.mask)
+
+
 def test_a_reference_ends_as_the_chat_template_ends_a_turn(folder):
     adapter = policy_of(folder).adapter
     stop, end = adapter.tokenizer.convert_tokens_to_ids([".", "<end>"])
