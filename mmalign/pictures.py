@@ -1,6 +1,6 @@
-"""Picture files, on the disk or inside a zip: `folder/images.zip/0001.png` is a member of an archive.
+"""Picture files, on the disk or inside a zip or tar: `folder/images.zip/0001.png` is a member of an archive.
 
-A video is a folder of frames (on the disk, or inside a zip), a list of frames, or one file.
+A video is a folder of frames (on the disk, or inside an archive), a list of frames, or one file.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import base64
 import io
 import os
 import re
+import tarfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,7 +53,7 @@ def frames_of(place: str | Sequence[str]) -> list[str] | None:
     archive, inside = _inside(Path(place))
     if archive is not None:
         start = inside.rstrip("/") + "/"
-        names = [str(archive / name) for name in _opened(archive).NameToInfo if name.startswith(start)]
+        names = [str(archive / name) for name in _members(archive) if name.startswith(start)]
     elif Path(place).is_dir():
         names = [str(path) for path in Path(place).iterdir()]
     else:
@@ -89,20 +90,16 @@ def missing(file: Path | str) -> str | None:
     archive, member = _inside(Path(file))
     if archive is None:
         return None if Path(file).is_file() else f"there is no picture {file}"
-    if not zipfile.is_zipfile(archive):
-        return f"{archive} is no zip archive"
-    return None if member in _opened(archive).NameToInfo else f"{archive} holds no {member}"
+    if not _is_archive(archive):
+        return f"{archive} is no {archive.suffix[1:]} archive"
+    return None if member in _members(archive) else f"{archive} holds no {member}"
 
 
 def stills_in(place: Path) -> list[Path]:
-    """The picture files in a folder and the folders in it, or in a zip, by name; none where it is neither."""
-    if place.is_dir():
-        found = list(place.rglob("*"))
-    elif place.is_file() and zipfile.is_zipfile(place):
-        with zipfile.ZipFile(place) as archive:
-            found = [place / name for name in archive.namelist()]
-    else:
-        found = []
+    """The picture files in a folder, the folders and tar shards in it, or in one zip or tar, by name."""
+    found = list(place.rglob("*")) if place.is_dir() else []
+    shards = [path for path in found if path.suffix == ".tar"] if place.is_dir() else [place]
+    found += [shard / name for shard in shards if _is_archive(shard) for name in _members(shard)]
     return sorted(path for path in found if path.suffix.lower() in STILLS)
 
 
@@ -113,7 +110,7 @@ def open_picture(file: Path | str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(_read(Path(file)))) as picture:
             return picture.convert("RGB")
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, KeyError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise ValueError(f"{file} cannot be read as a picture: {error}") from error
 
 
@@ -131,20 +128,51 @@ def _read(file: Path) -> bytes:
     return _opened(archive).read(member)
 
 
-def _opened(archive: Path) -> zipfile.ZipFile:
+class _Shard:
+    """A tar without compression, by where its members lie; it keeps no file open, so threads may share it."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        with tarfile.open(file, "r:") as archive:
+            self.places = {member.name: (member.offset_data, member.size) for member in archive}
+
+    def read(self, member: str) -> bytes:
+        start, size = self.places[member]
+        with open(self._file, "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+
+def _is_archive(file: Path) -> bool:
+    if file.suffix != ".tar":
+        return file.is_file() and zipfile.is_zipfile(file)
+    try:
+        with tarfile.open(file, "r:"):
+            return True
+    except (OSError, tarfile.TarError):
+        return False
+
+
+def _members(archive: Path) -> Collection[str]:
+    """Names of what an archive holds."""
+    opened = _opened(archive)
+    return opened.places if isinstance(opened, _Shard) else opened.NameToInfo
+
+
+def _opened(archive: Path) -> zipfile.ZipFile | _Shard:
     """An archive that is kept open as long as it is the same file: its list of members is long to read."""
     state = archive.stat()
     return _kept_open(str(archive), state.st_mtime_ns, state.st_size, os.getpid())
 
 
 @lru_cache(maxsize=8)
-def _kept_open(archive: str, modified: int, size: int, process: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(archive)
+def _kept_open(archive: str, modified: int, size: int, process: int) -> zipfile.ZipFile | _Shard:
+    return _Shard(archive) if archive.endswith(".tar") else zipfile.ZipFile(archive)
 
 
 def _inside(file: Path) -> tuple[Path | None, str]:
-    """The zip that a path leads into, and the member's name."""
+    """The zip or tar that a path leads into, and the member's name."""
     for parent in file.parents:
-        if parent.suffix == ".zip" and parent.is_file():
+        if parent.suffix in (".zip", ".tar") and parent.is_file():
             return parent, file.relative_to(parent).as_posix()
     return None, ""

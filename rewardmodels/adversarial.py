@@ -17,7 +17,6 @@ draw.
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, softplus
 
+from mmalign.lab.pretrain_data import listed
 from mmalign.pictures import STILLS, open_picture, stills_in
 from mmalign.records import Outcome, RewardSignal
 from mmalign.rewardmodels.conse import CPU_BATCH
@@ -51,7 +51,8 @@ class Adversarial:
     are, the head on the CPU. All ranks learn from the samples of all ranks, and so the same.
     """
 
-    references: str  # folder or zip of pictures to look like; of another style for a transfer of style
+    # Folder (also of .tar shards), zip or .tar of pictures to look like; of another style to transfer it.
+    references: str
     features: str = "efficientnet"  # what the critic sees: pixels, efficientnet, or a model (see features.py)
     loss: Loss = "hinge"  # hinge stops at a margin, logistic never does, pairwise compares one with one
     local: float = 0.3  # weight of places beside the whole; raise it where flaws are small
@@ -354,11 +355,19 @@ def tiles(images: Tensor) -> Tensor:
 
 
 def files_of(references: str) -> list[Path]:
-    """The pictures in a folder or a zip, by name; ValueError where there are too few."""
+    """The pictures in a folder, zip or tar, by name; ValueError where there are too few.
+
+    Of a folder with a metadata.jsonl those that it names and gives to no other split than train.
+    """
     place = Path(references)
-    if not place.is_dir() and not (place.is_file() and zipfile.is_zipfile(place)):
-        raise ValueError(f"adversarial: references must be a folder or a zip of pictures, got {references!r}")
-    found = stills_in(place)
+    if (place / "metadata.jsonl").is_file():
+        found = sorted({path for path, _ in listed(place, "train")})
+    else:
+        found = stills_in(place)
+    if not found and not place.is_dir():
+        raise ValueError(
+            f"adversarial: references must be a folder, a zip or a .tar of pictures, got {references!r}"
+        )
     if len(found) < LEAST:
         raise ValueError(
             f"adversarial: {references} holds {len(found)} pictures ({', '.join(STILLS)}), "

@@ -116,7 +116,8 @@ def decode(name: str, data: bytes, size: int) -> np.ndarray:
     return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def _folder(folder: Path, split: str | None) -> Iterator[tuple[str, bytes, str]]:
+def listed(folder: Path, split: str | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The pictures that a folder's metadata.jsonl names, with their rows; those of another split left out."""
     for number, line in enumerate((folder / "metadata.jsonl").read_text("utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -131,6 +132,11 @@ def _folder(folder: Path, split: str | None) -> Iterator[tuple[str, bytes, str]]
         path = folder / row["file_name"]
         if not path.exists():
             raise ValueError(f"{path}: named in metadata.jsonl, line {number}, but missing")
+        yield path, row
+
+
+def _folder(folder: Path, split: str | None) -> Iterator[tuple[str, bytes, str]]:
+    for path, row in listed(folder, split):
         yield str(path), path.read_bytes(), _caption(str(path), row)
 
 

@@ -84,3 +84,8 @@ def test_what_has_no_counterpart_is_named(vit, clip, tmp_path: Path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="timm_model_name cannot be read"):
         read_open_clip(str(tmp_path))
+    del config["model_cfg"]["vision_cfg"]["timm_model_name"]
+    config["model_cfg"]["text_cfg"]["hf_model_name"] = "xlm-roberta-base"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="hf_model_name cannot be read"):
+        read_open_clip(str(tmp_path))

@@ -1,6 +1,9 @@
 """The adversarial reward: losses by hand, a critic that learns, keeps what it knew, and resumes exactly."""
 
+import json
 import math
+import shutil
+import tarfile
 import zipfile
 
 import pytest
@@ -250,12 +253,31 @@ def test_it_draws_nothing_from_the_global_stream(made):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_zip_of_references_is_as_good_as_a_folder(made, references, tmp_path):
-    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
-        for file in references.iterdir():
-            archive.write(file, file.name)
+@pytest.mark.parametrize("kind", ["zip", "tar", "shards", "listed"])
+def test_references_are_as_good_in_archives_shards_and_listed_folders(made, references, tmp_path, kind):
+    files, place = sorted(references.iterdir()), tmp_path / "all"
+    if kind == "zip":
+        place = place.with_suffix(".zip")
+        with zipfile.ZipFile(place, "w") as archive:
+            for file in files:
+                archive.write(file, file.name)
+    elif kind == "listed":
+        shutil.copytree(references, place)
+        shutil.copy(files[0], place / "other.png")
+        shutil.copy(files[0], place / "unnamed.png")
+        rows = [{"file_name": file.name} for file in files] + [{"file_name": "other.png", "split": "test"}]
+        (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        parts = [files] if kind == "tar" else [files[:5], files[5:]]
+        place = place.with_suffix(".tar") if kind == "tar" else place
+        for number, part in enumerate(parts):
+            shard = place if kind == "tar" else place / f"{number}.tar"
+            shard.parent.mkdir(exist_ok=True)
+            with tarfile.open(shard, "w") as archive:
+                for file in part:
+                    archive.add(file, file.name)
     one = made()
-    other = load("adversarial", references=str(tmp_path / "all.zip"), features="pixels", width=32)
+    other = load("adversarial", references=str(place), features="pixels", width=32)
     samples = outcome_of(painted(16, dark=True))
     assert one.fit(samples) == other.fit(samples)
 
@@ -286,7 +308,7 @@ def test_settings_out_of_range_are_refused(made, settings, said):
 
 
 def test_references_that_are_not_there_or_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be a folder or a zip"):
+    with pytest.raises(ValueError, match="must be a folder, a zip or a"):
         load("adversarial", references=str(tmp_path / "nowhere"), features="pixels")
     with pytest.raises(ValueError, match="holds 0 pictures"):
         load("adversarial", references=str(tmp_path), features="pixels")
