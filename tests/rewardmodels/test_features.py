@@ -15,35 +15,49 @@ MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-    """A tiny DINOv2 and a tiny CLIP, saved as transformers saves them."""
-    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+    """A tiny DINOv2, DINOv3 and CLIP, saved as transformers saves them."""
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        Dinov2Config,
+        Dinov2Model,
+        DINOv3ViTConfig,
+        DINOv3ViTModel,
+    )
 
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         dino = Dinov2Model(Dinov2Config(image_size=28, patch_size=14, mlp_ratio=2, **small))
+        registers = {"image_size": 32, "patch_size": 8, "num_register_tokens": 4}
+        dinov3 = DINOv3ViTModel(DINOv3ViTConfig(**registers, **small))
         vision = {**small, "image_size": 32, "patch_size": 8}
         clip = CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 99}, vision_config=vision))
     folders = {}
-    for name, model in (("dino", dino), ("clip", clip)):
+    for name, model in (("dino", dino), ("dinov3", dinov3), ("clip", clip)):
         folders[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(folders[name])
         (folders[name] / "preprocessor_config.json").write_text(
             json.dumps({"image_mean": MEAN, "image_std": STD})
         )
-    return folders, {"dino": dino.eval(), "clip": clip.eval().vision_model}
+    return folders, {"dino": dino.eval(), "dinov3": dinov3.eval(), "clip": clip.eval().vision_model}
 
 
-@pytest.mark.parametrize("name", ["dino", "clip"])
-def test_features_are_those_of_the_library(towers, name):
+@pytest.mark.parametrize(
+    ("name", "side", "first"),
+    [("dino", 28, 1), ("dinov3", 32, 5), ("clip", 32, 1)],  # a class, and four registers, before the places
+)
+def test_features_are_those_of_the_library(towers, name, side, first):
     folders, models = towers
-    side = {"dino": 28, "clip": 32}[name]
     images = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1))
-    found = load_features(str(folders[name]))(images)
+    extract = load_features(str(folders[name]))
     pixels = (images.numpy() - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
     with torch.no_grad():
-        expected = models[name](pixel_values=torch.from_numpy(pixels).float()).pooler_output
-    assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        expected = models[name](pixel_values=torch.from_numpy(pixels).float())
+    assert_close(extract(images), expected.pooler_output, atol=1e-5, rtol=1e-4)
+    tokens = extract.tokens(images)
+    assert_close(tokens[:, 0], expected.pooler_output, atol=1e-5, rtol=1e-4)
+    assert_close(tokens[:, 1:], expected.last_hidden_state[:, first:], atol=1e-5, rtol=1e-4)
 
 
 def test_pictures_of_any_size_are_seen(towers):

@@ -5,14 +5,18 @@ import torch
 from torch.testing import assert_close
 
 from mmalign.records import Outcome, Prompts
-from mmalign.rewardmodels.statistics import Colorfulness, Contrast, Sharpness
+from mmalign.rewardmodels.statistics import LUMA, Colorfulness, Contrast, Sharpness
 from mmalign.testing import check_reward
 
 
 def outcome(*images) -> Outcome:
-    count = len(images)
+    return outcome_of(torch.stack(images))
+
+
+def outcome_of(media: torch.Tensor) -> Outcome:
+    count = len(media)
     prompts = Prompts(["a"] * count, torch.zeros(count, dtype=torch.int64), torch.arange(count), [{}] * count)
-    return Outcome(prompts, torch.stack(images))
+    return Outcome(prompts, media)
 
 
 def flat(*rgb: float) -> torch.Tensor:
@@ -54,15 +58,38 @@ def test_colorfulness_is_its_formula():
     assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
 
 
+def bright(row: int, column: int) -> torch.Tensor:
+    image = flat(0.0, 0.0, 0.0)
+    image[:, row, column] = 1
+    return image
+
+
 def test_sharpness_is_the_mean_square_of_the_laplacian_of_inner_pixels():
-    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * torch.ones(3, 1, 1)  # each step is the largest
-    edge = halves((0.0,) * 3, (1.0, 0.0, 0.0))  # +.299 and -.299 in two of the six inner columns
-    found = Sharpness()(outcome(flat(0.3, 0.3, 0.3), board, edge)).values[:, 0]
-    assert_close(found, torch.tensor([0.0, 16.0, 0.299**2 / 3]), atol=1e-5, rtol=0)
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2  # -4 or 4 at all of the 6 x 6 places inside
+    shown = outcome(
+        bright(3, 3),  # -4 there and 1 at each of its four neighbors
+        bright(0, 3),  # its one neighbor inside
+        bright(0, 0),
+        board.float().expand(3, 8, 8),
+        flat(0.2, 0.7, 0.4),
+        halves((0.0,) * 3, (1.0, 0.0, 0.0)),  # +.299 and -.299 in two of the six inner columns
+    )
+    expected = [20 / 36, 1 / 36, 0.0, 16.0, 0.0, 0.299**2 / 3]
+    assert_close(Sharpness()(shown).values[:, 0], torch.tensor(expected))
+
+
+def test_the_gradient_of_sharpness_is_the_laplacian_of_the_laplacian():
+    media = (0.5 + 0.2 * bright(3, 3))[None].requires_grad_()
+    Sharpness().differentiate(outcome_of(media)).sum().backward()
+    twice = torch.zeros(8, 8)
+    twice[1:6, 1:6] = torch.tensor(
+        [[0, 0, 1, 0, 0], [0, 2, -8, 2, 0], [1, -8, 20, -8, 1], [0, 2, -8, 2, 0], [0, 0, 1, 0, 0]]
+    )
+    assert_close(media.grad[0], torch.tensor(LUMA)[:, None, None] * 0.2 * 2 / 36 * twice, atol=1e-6, rtol=0)
 
 
 def test_a_blank_picture_has_a_finite_gradient():
     media = flat(0.5, 0.5, 0.5)[None].requires_grad_()
-    for reward in (Contrast(), Colorfulness()):
-        reward.differentiate(Outcome(outcome(flat(0, 0, 0)).prompts, media)).sum().backward()
+    for reward in (Contrast(), Colorfulness(), Sharpness()):
+        reward.differentiate(outcome_of(media)).sum().backward()
     assert media.grad.isfinite().all()

@@ -17,6 +17,7 @@ from mmalign.contracts import DifferentiableReward
 from mmalign.pairwise import win_rates
 from mmalign.records import Outcome, Prompts
 from mmalign.rewardmodels import load
+from mmalign.rewardmodels.clip import DTYPES
 from mmalign.rewardmodels.ocr import OcrAccuracy, accuracy, closest
 from mmalign.rewardmodels.vlm_score import ArtifactQuestion, VlmPreference, VlmScore, picture_of
 from mmalign.testing import check_reward
@@ -29,6 +30,18 @@ from test_endpoint import Server, serve, spoke  # noqa: F401  # a fixture
 PROMPTS = ["a red cat", "two blue dogs on the left", "a hat"]
 
 
+def sentences() -> T.PreTrainedTokenizerFast:
+    """The words of the captioners, with an end after each text, where a CLIP looks for its meaning."""
+    from tokenizers import processors
+
+    words = tokenizer(())
+    end = ("<end>", words.eos_token_id)
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[end]
+    )
+    return words
+
+
 def save(model, folder: Path, size: int = 16) -> str:
     """A two-tower model as a folder that AutoModel, AutoTokenizer and AutoImageProcessor load."""
     with torch.no_grad():
@@ -36,7 +49,7 @@ def save(model, folder: Path, size: int = 16) -> str:
         if hasattr(model, "logit_bias"):
             model.logit_bias.fill_(-0.4)
     model.save_pretrained(folder)
-    tokenizer(()).save_pretrained(folder)
+    sentences().save_pretrained(folder)
     kind = T.SiglipImageProcessor if "Siglip" in type(model).__name__ else T.CLIPImageProcessor
     more = {} if kind is T.SiglipImageProcessor else {"crop_size": {"height": size, "width": size}}
     shape = {"height": size, "width": size} if kind is T.SiglipImageProcessor else {"shortest_edge": size}
@@ -67,7 +80,8 @@ TEXT = {
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> str:
-    torch.manual_seed(0)
+    """One that finds each of the pictures more like its prompt than not: no cosine is below 0."""
+    torch.manual_seed(6)
     config = T.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)
     return save(T.CLIPModel(config), tmp_path_factory.mktemp("clip"))
 
@@ -103,8 +117,22 @@ def embedded(folder: str, outcome: Outcome, pad: str | bool = True) -> tuple[tor
 def test_clip_score_is_hessels_formula(clip, outcome):
     cosine = cosine_similarity(*embedded(clip, outcome))
     found = load("clip_score", model=clip)(outcome).values[:, 0]
-    torch.testing.assert_close(found, 2.5 * cosine.clamp(min=0), atol=2e-3, rtol=0)
-    assert found.std() > 0
+    assert_close(found, 2.5 * cosine, atol=2e-3, rtol=0)
+    assert found.min() > 0.05  # each of them is the formula's, and none is cut off
+    weighed = load("clip_score", model=clip, weight=100.0)(outcome).values[:, 0]
+    assert_close(weighed, 40 * found)
+
+
+def test_clip_score_is_0_where_a_picture_is_unlike_its_prompt(clip, outcome, tmp_path):
+    model = T.CLIPModel.from_pretrained(clip)
+    with torch.no_grad():
+        model.visual_projection.weight.neg_()
+    reward = load("clip_score", model=save(model, tmp_path))
+    assert cosine_similarity(*embedded(str(tmp_path), outcome)).max() < 0
+    assert reward(outcome).values[:, 0].tolist() == [0.0] * 3
+    media = outcome.media.clone().requires_grad_()
+    reward.differentiate(Outcome(outcome.prompts, media)).sum().backward()
+    assert not media.grad.any()
 
 
 def test_pickscore_is_the_temperature_times_the_cosine(clip, outcome):
@@ -151,6 +179,36 @@ def test_a_head_of_another_clip_is_refused(clip, tmp_path):
         load("aesthetic", model=clip, head=str(tmp_path / "none.pth"))
 
 
+def test_dino_similarity_is_the_cosine_of_the_library(tmp_path):
+    """Pictures of the published preprocessing: bicubic, by the mean and deviation of ImageNet."""
+    small = {k: v for k, v in VISION.items() if k != "intermediate_size"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T.Dinov2Model(T.Dinov2Config(**small, mlp_ratio=2, initializer_range=0.2)).eval()
+    model.save_pretrained(tmp_path / "dino")
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    crop = {"height": 16, "width": 16}
+    prepare = T.BitImageProcessor(
+        size={"shortest_edge": 16}, crop_size=crop, resample=3, image_mean=mean, image_std=std
+    )
+    prepare.save_pretrained(tmp_path / "dino")
+    random = torch.Generator().manual_seed(0)
+    media, others = (torch.rand(2, 3, 3, 24, 24, generator=random) * 255).round() / 255
+    others[1] = media[1].flip(-1)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for file, picture in zip(files, others, strict=True):
+        picture_of(picture).save(file)
+    extra = [{"reference_image": str(file)} for file in files]
+    shown = Outcome(Prompts(PROMPTS, torch.arange(3), torch.zeros(3, dtype=torch.int64), extra), media)
+    found = load("dino_similarity", model=str(tmp_path / "dino"))(shown).values[:, 0]
+    every = [*map(picture_of, media), *map(Image.open, files)]
+    with torch.no_grad():
+        seen = model(**prepare(every, return_tensors="pt")).pooler_output
+    wanted = cosine_similarity(seen[:3], seen[3:])
+    assert_close(found, wanted, atol=5e-3, rtol=0)
+    assert (wanted[:, None] - wanted)[~torch.eye(3, dtype=torch.bool)].abs().min() > 2e-2
+
+
 def test_dino_similarity_compares_with_the_reference_of_the_prompt(tmp_path, outcome):
     torch.manual_seed(0)
     model = T.Dinov2Model(T.Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}))
@@ -164,7 +222,8 @@ def test_dino_similarity_compares_with_the_reference_of_the_prompt(tmp_path, out
     reward = load("dino_similarity", model=str(tmp_path / "dino"))
     found = reward(Outcome(prompts, outcome.media)).values[:, 0]
     assert found[0] > 0.999
-    assert found[1] < found[0]
+    assert found[1] < 0.9
+    assert found[2] < 0.999  # another picture than its reference
     several = [{"reference_image": files}] * 3
     for extra in ([{}] * 3, several):
         with pytest.raises(ValueError, match='names no "reference_image", one file'):
@@ -180,7 +239,8 @@ def test_gradients_reach_the_pixels(name, clip, outcome):
     values = reward.differentiate(Outcome(outcome.prompts, media))
     torch.testing.assert_close(values.detach(), reward(outcome).values[:, 0])
     values.sum().backward()
-    assert (media.grad.flatten(1).abs().amax(1) > 0).all() or name == "clip_score"
+    assert values.min() > 0  # nothing is cut off, so that each picture has a slope
+    assert media.grad.flatten(1).abs().amax(1).min() > 0
 
 
 def test_they_are_rewards_like_any_other(clip, siglip, outcome):
@@ -243,6 +303,38 @@ def test_the_artifact_question_is_no_against_yes_and_says_the_same_twice(tmp_pat
     assert found.min() >= 0
     assert found.max() <= 1
     assert found[0] == found[2] != found[1]
+
+
+# Of each score by a cosine, or by a probability, where it is steepest: what a rounding is multiplied by.
+SLOPES = {
+    "clip_score": 2.5,
+    "pickscore": 5.5,
+    "siglip": 1.4,
+    "hpsv2": 1.0,
+    "aesthetic": 1.0,
+    "vqa_score": 1.0,
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", SLOPES)
+def test_half_precision_gives_nearly_the_same(name, precision, clip, siglip, llava, outcome, tmp_path):
+    settings = {"siglip": {"model": siglip}, "pickscore": {"model": clip, "processor": None}}.get(
+        name, {"model": clip}
+    )
+    if name == "aesthetic":
+        head = nn.Linear(24, 1)
+        head.load_state_dict({"weight": torch.ones(1, 24) / 24**0.5, "bias": torch.zeros(1)})
+        torch.save(head.state_dict(), tmp_path / "head.pth")
+        settings["head"] = str(tmp_path / "head.pth")
+    if name == "vqa_score":
+        words = {"yes": ("dog",), "no": ("cat",), "question": "describe the picture {}"}
+        settings = {"model": llava, **words}
+    full, half = (load(name, **settings, precision=p)(outcome).values for p in ("fp32", precision))
+    assert half.dtype == torch.float32
+    eps = torch.finfo(DTYPES[precision]).eps
+    assert_close(half, full, atol=2 * SLOPES[name] * eps, rtol=0)
+    assert (half - full).abs().max() > eps / 20  # the network did compute in it
 
 
 def test_words_that_are_no_token_are_refused(llava):
