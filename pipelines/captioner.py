@@ -346,7 +346,7 @@ class CaptionPolicy:
         row = torch.zeros(1, dtype=torch.int64, device=self.device) if rows is None else rows[:1]
         going, later = True, cast(Tensor | None, row)
         while going:
-            _, prefix = self.adapter.extend(self.module, prefix, later, drawn[:1, None], step)
+            _, prefix = self._extend(prefix, later, drawn[:1, None], step)
             self.forwards.sample += 1
             step, later = step + 1, None
             going = step < steps - 1 and self.anyone(False)

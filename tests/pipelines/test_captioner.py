@@ -192,16 +192,18 @@ def test_a_text_ends_once(folder, files):
         assert ends[row].any() or length[row] == 12
 
 
-@pytest.mark.parametrize("others", [0, 4, 99])
-def test_it_keeps_step_while_another_process_writes(folder, files, others):
+@pytest.mark.parametrize(("others", "precision"), [(0, "fp32"), (4, "fp32"), (99, "fp16")])
+def test_it_keeps_step_while_another_process_writes(folder, files, others, precision):
     """others: forwards that another process needs for its longest text, of which every one takes all."""
-    policy, prompts = policy_of(folder, TextSettings(max_tokens=12, temperature=5.0)), asked(files, 1)
+    policy = policy_of(folder, TextSettings(max_tokens=12, temperature=5.0), precision=precision)
+    prompts = asked(files, 1)
     policy._ends = torch.arange(0, len(policy.adapter.tokenizer), 3)  # most texts are short
     calls: list[int] = []
     extend = policy.adapter.extend
 
     def counted(*given: Any) -> Any:
         calls.append(len(given[3]))
+        assert torch.is_autocast_enabled("cpu") == (precision == "fp16")
         return extend(*given)
 
     policy.adapter.extend = counted
