@@ -70,8 +70,8 @@ class EvaluationSettings:
     # Of the questions that a captioner's prompt lines bring, how many are asked of each picture: whether it
     # still can what it could (`answered`). 0: none.
     questions: int = 1
-    # A folder or zip of pictures that the drawn ones are to look like: measure KID (the score `kid`, less is
-    # better), precision and recall.
+    # A folder, zip or .tar of pictures that the drawn ones are to look like: measure KID (the score `kid`,
+    # less is better), precision and recall.
     references: str | None = None
     features: str = "pixels"  # what these are measured in: pixels, efficientnet, or an image model's folder
     average: bool = False  # also evaluate the moving average of the parameters, where training keeps one
