@@ -17,6 +17,7 @@ draw.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ Loss = Literal["hinge", "logistic", "pairwise"]
 LEAST = 8  # references; a quarter of them are anchors
 SMALLEST = 0.1  # distance of the anchors' means below which values are not stretched any further
 SURE, UNSURE = 0.99, 0.55  # accuracies from which, and up to which, a critic has no gradient to offer
+ALARM = 20  # lessons in a row at one of the two after which a warning is said
+FLAT = 1e-4  # deviation of the rewards of fresh samples up to which they are all one: what credit adds to it
 TILE = 8  # pixels a side that `pixels` keeps of a picture, and of each of its 4 x 4 tiles
 
 
@@ -110,6 +113,7 @@ class Adversarial:
         self._random = torch.Generator().manual_seed(self.seed)
         self._zero, self._unit = 0.0, 1.0
         self._fits, self._sure, self._unsure = 0, 0, 0
+        self._warned: set[str] = set()
         self._past, self._anchors = torch.zeros(0), torch.zeros(0)  # [n, 1 + patches, D]
         self._real: tuple[Tensor, Tensor] | None = None  # references to learn from, and anchors
 
@@ -143,6 +147,9 @@ class Adversarial:
         held back, right after it, and undone whether that was too little.
         sure_for, unsure_for: iterations in a row in which the first was nearly 1 (the critic is too strong to
         say which flaw is the lesser), or at most nearly a half (it is lost, or the policy has arrived).
+        fresh_spread: standard deviation of the scores of this iteration's samples before it.
+        A RuntimeWarning, each said once: either of the two for ALARM iterations, or samples that all get the
+        same reward after the first.
         """
         with torch.no_grad():
             fresh, anchors = self._gathered(outcome), self._references(outcome)[1]
@@ -155,9 +162,11 @@ class Adversarial:
         self._fits += 1
         self._sure = self._sure + 1 if known >= SURE else 0
         self._unsure = self._unsure + 1 if known <= UNSURE else 0
+        spread = before.std(correction=0).item()
+        self._alarm(spread)
         metrics = {
             "fresh_accuracy": known,
-            "fresh_spread": before.std(correction=0).item(),
+            "fresh_spread": spread,
             "sure_for": float(self._sure),
             "unsure_for": float(self._unsure),
             "trained": 0.0,
@@ -168,6 +177,36 @@ class Adversarial:
             metrics["anchor_accuracy"] = accuracy(self.score(anchors), self.score(self._anchors))
         self._remember(fresh)
         return metrics | {"buffer": float(len(self._past))}
+
+    def _alarm(self, spread: float) -> None:
+        """Say what a policy cannot learn from, and what mends it."""
+        tells = "the critic of reward 'adversarial'"
+        alarms = {
+            "sure": (
+                self._sure >= ALARM,
+                f"{tells} has known nearly all samples from references for {self._sure} iterations in a row "
+                f"(fresh_accuracy of {SURE} or more), so that it hardly tells which sample is better. Lower "
+                "its learning_rate or updates, raise every, or set enough below 1.",
+            ),
+            "unsure": (
+                self._unsure >= ALARM,
+                f"{tells} has not known samples from references for {self._unsure} iterations in a row "
+                f"(fresh_accuracy of {UNSURE} or less). Where the pictures look right, the policy has "
+                "arrived and can stop. Where they do not, raise its updates or learning_rate, give it more "
+                "references, or features that see the difference.",
+            ),
+            "flat": (
+                self._fits > 1 and spread <= FLAT * self._unit,  # before the first lesson all have 0
+                f"{tells} gives all samples of an iteration the same reward (fresh_spread {spread:.2g}), and "
+                "nothing is learned from it. Where the pictures are all alike, the policy has collapsed: "
+                "go back to an earlier checkpoint with a lower training.learning_rate. Where they are not, "
+                "raise its updates or learning_rate, or choose features that see how they differ.",
+            ),
+        }
+        for alarm, (rings, said) in alarms.items():
+            if rings and alarm not in self._warned:
+                self._warned.add(alarm)
+                warnings.warn(f"{said} Said once, logged throughout.", RuntimeWarning, stacklevel=3)
 
     def _learn(self, fresh: Tensor) -> dict[str, float]:
         """So many updates of the head, undone where it knows less than before.

@@ -171,7 +171,41 @@ COMPARE = (
     "why in a sentence, then end with: Better: first, Better: second, or Better: tie"
 )
 _SCORE = re.compile(r"final score\W*(-?\d+(?:\.\d+)?)", re.I)
-_BETTER = re.compile(r"better\W*(first|second|tie)", re.I)
+_BETTER = re.compile(r"better\W*(first|second|tie)\b(?!\s*(?:/|or\b))", re.I)
+_THOUGHT = re.compile(r".*</think>|<think>.*", re.I | re.S)
+# What UnifiedReward's judges are trained to end with, by the question that its authors publish. A sentence of
+# its own or after a word of conclusion: neither "whether Image 1 is better" nor "Color: Image 1 is better".
+_CONCLUDED = re.compile(
+    r"(?:(?:in |the |my )?(?:final |overall )?(?:conclusion|answer|verdict|judge?ment|decision)(?: is)?"
+    r"|therefore|thus|hence|so|overall)?[:,]?\s*"
+    r"(image 1 is better|image 2 is better|both images are equally good)(?: overall)?",
+    re.I,
+)
+_SHARE = {
+    "first": 1.0,
+    "image 1 is better": 1.0,
+    "second": 0.0,
+    "image 2 is better": 0.0,
+    "tie": 0.5,
+    "both images are equally good": 0.5,
+}
+
+
+def preferred(answer: str) -> float:
+    """1 where an answer finds the first of two pictures better, 0 where the second, 1/2 for a tie.
+
+    It is read after its thoughts (<think>): what the last "Better: ..." says, and "Image 1 is better.",
+    "Image 2 is better." or "Both images are equally good.", as a sentence of its own or as the conclusion.
+    NaN where none is there, or where they contradict each other.
+    """
+    text = _THOUGHT.sub("", answer).replace("*", "")
+    words = list(_BETTER.finditer(text))
+    line = text.rfind("\n", 0, words[-1].start()) if words else 0
+    told = {_SHARE[word[1].lower()] for word in words if word.start() > line}
+    for sentence in re.split(r"[.!;\n<>\"]", text):
+        if concluded := _CONCLUDED.fullmatch(sentence.strip()):
+            told.add(_SHARE[concluded[1].lower()])
+    return told.pop() if len(told) == 1 else torch.nan
 
 
 @dataclass
@@ -216,7 +250,10 @@ class VlmScore:
 
 @dataclass
 class VlmPreference:
-    """Which of two pictures a model behind an endpoint finds better; asked in both orders by default."""
+    """Which of two pictures a model behind an endpoint finds better; asked in both orders by default.
+
+    An answer that is ambiguous is no verdict; see `preferred` for what is read.
+    """
 
     url: str  # address of the endpoint, http://localhost:8000/v1
     model: str  # name that the endpoint knows the model by
@@ -246,6 +283,4 @@ class VlmPreference:
             )
             for one, other, prompt in zip(*pairs, prompts.text, strict=True)
         ]
-        share = {"first": 1.0, "second": 0.0, "tie": 0.5}
-        found = [_BETTER.findall(answer.text or "") for answer in self._client.ask(questions)]
-        return torch.tensor([share[words[-1].lower()] if words else torch.nan for words in found])
+        return torch.tensor([preferred(answer.text or "") for answer in self._client.ask(questions)])

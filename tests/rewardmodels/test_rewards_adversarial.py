@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import tarfile
+import warnings
 import zipfile
 
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from mmalign.records import Outcome, Prompts
-from mmalign.rewardmodels import load
+from mmalign.rewardmodels import adversarial, load
 from mmalign.rewardmodels.adversarial import accuracy, fitted, hinge, logistic, pairwise, tiles
 from mmalign.testing import check_reward
 
@@ -196,6 +197,70 @@ def test_alarms_count_lessons_in_a_row(made):
     assert [one["sure_for"] for one in sure] == [1, 2]
     like = reward.fit(outcome_of(painted(16, dark=False, seed=3)))
     assert (like["sure_for"], like["fresh_accuracy"] < 0.9) == (0, True)
+
+
+def alarms(caught):
+    return [str(one.message) for one in caught if one.category is RuntimeWarning]
+
+
+@pytest.mark.parametrize(
+    ("settings", "metric", "said"),
+    [
+        ({"learning_rate": 1e-3}, "sure_for", "nearly all samples from references for 3 iterations"),
+        ({"enough": 0.0}, "unsure_for", "has not known samples from references for 3 iterations"),
+    ],
+)
+def test_a_critic_that_is_too_strong_or_lost_for_long_is_said_once_with_the_mend(
+    made, monkeypatch, settings, metric, said
+):
+    monkeypatch.setattr(adversarial, "ALARM", 3)
+    reward, counts = made(**settings), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(7):
+            counts.append(reward.fit(outcome_of(painted(16, dark=True, seed=i)))[metric])
+            mine = [one for one in alarms(caught) if said in one]
+            assert len(mine) == (max(counts) >= 3)
+    assert counts[-1] >= 5  # it went on, and was said at its third alone
+    assert "updates" in mine[0]
+    assert "learning_rate" in mine[0]
+
+
+def test_twenty_iterations_are_the_shipped_patience(made):
+    reward = made()
+    for sure, unsure in ((adversarial.ALARM - 1, 0), (0, adversarial.ALARM - 1)):
+        reward._sure, reward._unsure = sure, unsure
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            reward._alarm(1.0)
+    reward._sure = adversarial.ALARM
+    with pytest.warns(RuntimeWarning, match="for 20 iterations in a row"):
+        reward._alarm(1.0)
+
+
+def test_samples_that_all_get_the_same_reward_are_said_once(made):
+    """A policy that draws one picture; before the first lesson all have 0, which is no alarm."""
+    reward, one = made(learning_rate=1e-3), painted(1, dark=True).expand(16, -1, -1, -1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert reward.fit(outcome_of(painted(16, dark=True)))["fresh_spread"] == 0
+        reward.fit(outcome_of(painted(16, dark=True, seed=1)))
+        assert not alarms(caught)
+        for _ in range(2):
+            assert reward.fit(outcome_of(one))["fresh_spread"] < 1e-5
+    (said,) = alarms(caught)
+    assert "the same reward" in said
+    assert "the policy has collapsed" in said
+
+
+def test_fresh_spread_is_the_deviation_of_the_scores_before_the_lesson(made):
+    reward = made(learning_rate=1e-3)
+    reward.fit(outcome_of(painted(16, dark=True)))
+    samples = outcome_of(torch.cat([painted(8, dark=True, seed=1), painted(8, dark=False, seed=1)]))
+    scores = reward(samples).values[:, 0] * reward._unit + reward._zero
+    expected = (scores - scores.mean()).square().mean().sqrt().item()
+    assert expected > 0.1
+    assert reward.fit(samples)["fresh_spread"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_it_resumes_exactly(made, tmp_path):

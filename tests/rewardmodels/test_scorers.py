@@ -18,8 +18,9 @@ from mmalign.pairwise import win_rates
 from mmalign.records import Outcome, Prompts
 from mmalign.rewardmodels import load
 from mmalign.rewardmodels.clip import DTYPES
+from mmalign.rewardmodels.endpoint import shown
 from mmalign.rewardmodels.ocr import OcrAccuracy, accuracy, closest
-from mmalign.rewardmodels.vlm_score import ArtifactQuestion, VlmPreference, VlmScore, picture_of
+from mmalign.rewardmodels.vlm_score import ArtifactQuestion, VlmPreference, VlmScore, picture_of, preferred
 from mmalign.testing import check_reward
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
@@ -365,6 +366,61 @@ def test_a_judge_of_pairs_is_asked_in_both_orders(serve, outcome):  # noqa: F811
     assert signal.values[:, 0].tolist() == [0.5, 0.5, 0.5]  # whoever comes first is preferred: no preference
     server = serve(lambda number, body: spoke("I cannot say"))
     assert VlmPreference(server.url, "judge").prefer(prompts, outcome.media, outcome.media).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [
+        ("The hat is red. Better: first", 1.0),
+        ("**Better:** Second.", 0.0),
+        ("Better:\ntie", 0.5),
+        ("At first sight: Better: first\nLooked at again, Better: second", 0.0),
+        ("Image 1 is better.", 1.0),
+        ("The second is blurred.\n\n**Image 1** is better overall", 1.0),
+        ("Both are sharp. In conclusion, Image 2 is better.", 0.0),
+        ("Color: Image 1 is better.\nDetail: Image 1 is better.\nConclusion: Image 2 is better.", 0.0),
+        ("<think>Image 1 is better. No, it lacks a hat.</think><answer>Image 2 is better</answer>", 0.0),
+        ("Both images are equally good.", 0.5),
+    ],
+)
+def test_a_verdict_is_read_as_it_was_asked_for_or_as_unified_reward_says_it(answer, share):
+    assert preferred(answer) == share
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "Better: first or second",
+        "Better: first, Better: second, or Better: tie",  # the question said again
+        "Image 1 is better. Image 2 is better.",
+        "Image 1 is better. Better: second",
+        "I cannot say whether Image 1 is better.",
+        "Image 1 is better in color, and in detail Image 2 is better.",
+        "Color: Image 1 is better.",
+        "Image 1 is not better.",
+        "Image 12 is better.",
+        "<think>Image 1 is better. Better: first",  # cut off before it answered
+    ],
+)
+def test_an_ambiguous_answer_is_no_verdict(answer):
+    assert preferred(answer) != preferred(answer)
+
+
+def test_a_judge_of_pairs_may_answer_as_unified_reward_does(serve):  # noqa: F811
+    """Whichever place the red picture has, it is the better one."""
+    media = torch.zeros(2, 3, 8, 8)
+    media[0, 0] = 1
+    red = shown(picture_of(media[0]))
+
+    def answer(number, body):
+        return spoke(f"Image {body['messages'][0]['content'].index(red) + 1} is better.")
+
+    prompts = Prompts(["a hat"] * 2, torch.zeros(2, dtype=torch.int64), torch.arange(2), [{}] * 2)
+    judge = VlmPreference(serve(answer).url, "judge")
+    assert judge.prefer(prompts, media, media.flip(0)).tolist() == [1.0, 0.0]
+    signal, _ = win_rates(judge, Outcome(prompts, media))
+    assert signal.values[0, 0] > signal.values[1, 0]
 
 
 # Writing in pictures
