@@ -14,6 +14,7 @@ its kernel works in (`turned`).
     media        what the samples are decoded to, held until the update ends
     decoding     the most that decoding one chunk of latents keeps alive beside the media; or these once
                  more, as the chunks are joined
+    kernels      in half precision on a CPU: those that oneDNN keeps of the products of matrices
 """
 
 from __future__ import annotations
@@ -21,23 +22,27 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mmalign.assembly import check_kind, check_noise, compose, composed, cost_of, derive
+from mmalign.autocast import Autocast, Device
 from mmalign.config import ConfigError, RunConfig
 from mmalign.data import PromptSource, read_prompts
 from mmalign.pipelines.blueprint import META, blank_policy, blank_text
-from mmalign.pipelines.flow import DECODED_PLACES, FlowPolicy
+from mmalign.pipelines.flow import DECODED_PLACES, DTYPES, FlowPolicy
 from mmalign.records import Plan
 
 Sharding = Literal["ddp", "zero2", "zero3"]
@@ -48,6 +53,9 @@ SHARDINGS: dict[Sharding, str] = {
 }
 RESERVED = 0.08  # share of a device that the runtime, its libraries and fragmentation take
 GIB = 2**30
+# What oneDNN keeps of a product of matrices in half precision, for as long as the process lives: a descriptor of
+# each of the 80 kernels that the tails of its sizes may ask for (brgemm_matmul), whatever the sizes are.
+KERNEL = 2**19
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Memory:
     media: float
     sampling: float
     decoding: float
+    kernels: float
 
     @property
     def peak(self) -> float:
@@ -70,7 +79,7 @@ class Memory:
 
         Gradients stay as well: those of an update are dropped as the next one begins.
         """
-        stays = self.weights + self.trained + self.gradients + self.optimizer + self.samples
+        stays = self.weights + self.trained + self.gradients + self.optimizer + self.samples + self.kernels
         return stays + max(self.media + self.activations, self.sampling, self.media + self.decoding)
 
 
@@ -91,7 +100,7 @@ class Measured:
 
     forward_flops: of one row. plain, checkpointed: bytes of a minibatch without and with gradient
     checkpointing. sampling: bytes of a forward in sampling. decoding: bytes of one chunk beside its media.
-    media: bytes of what one sample is decoded to.
+    media: bytes of what one sample is decoded to. kernels: bytes that oneDNN keeps of its kernels, on a CPU.
     """
 
     parameters: int
@@ -103,6 +112,7 @@ class Measured:
     sampling: float
     decoding: float
     media: float
+    kernels: float
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,17 @@ class Estimate:
 
 
 # ---- counting
+
+
+Product = tuple[Any, tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]]
+PRODUCTS = frozenset(
+    (
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten.baddbmm.default,
+    )
+)
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -153,12 +174,22 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Working(Live):  # type: ignore[no-untyped-call]
-    """Live, and what convolutions take for themselves while they work."""
+    """Live, and what convolutions take for themselves while they work.
+
+    products: the products of matrices in half precision that there were, by the sizes and strides of what goes
+    into them.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__(known)
+        self.products: set[Product] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.now
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self.peak = max(self.peak, before + _room(func, args, out))
+        if func in PRODUCTS and args[-1].dtype in (torch.bfloat16, torch.float16):
+            self.products.add((func, tuple((tuple(one.shape), one.stride()) for one in args[:3])))
         return out
 
 
@@ -210,6 +241,10 @@ def _fused_attention() -> Iterator[Callable[[], float]]:
     real, spent = F.scaled_dot_product_attention, [0.0]
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+        if has_torch_function((query, key, value)):
+            given = (query, key, value)
+            seen: Tensor = handle_torch_function(fused, given, *given, *rest, **named)
+            return seen
         heads = math.prod(query.shape[:-2])
         spent[0] += 2 * heads * query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         if key.shape[-3] != query.shape[-3]:  # grouped queries
@@ -218,6 +253,7 @@ def _fused_attention() -> Iterator[Callable[[], float]]:
         out: Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
         return out
 
+    fused.__name__ = real.__name__  # what Autocast knows it by
     F.scaled_dot_product_attention = fused
     try:
         yield lambda: spent[0]
@@ -227,11 +263,15 @@ def _fused_attention() -> Iterator[Callable[[], float]]:
 
 @dataclass(frozen=True)
 class Alive:
-    """Bytes after a forward, and at the worst moment of it and its backward; operations of the forward."""
+    """Bytes after a forward, and at the worst moment of it and its backward; operations of the forward.
+
+    products: those of matrices in half precision, each kind once, see `Working`.
+    """
 
     kept: float
     peak: float
     flops: float
+    products: frozenset[Product]
 
 
 def live_bytes(
@@ -258,14 +298,22 @@ def live_bytes(
     new = 0 if accumulate else sum(p.grad.nbytes for p in wanted if p.grad is not None)
     for parameter in wanted:
         parameter.grad = None
-    return Alive(float(kept), float(peak - new), float(flops))
+    return Alive(float(kept), float(peak - new), float(flops), frozenset(live.products))
 
 
-def measure(policy: FlowPolicy, rows: int, samples: int, accumulate: bool = False) -> Measured:
+def measure(
+    policy: FlowPolicy,
+    rows: int,
+    samples: int,
+    accumulate: bool = False,
+    rest: int = 0,
+    device: Device = "cuda",
+) -> Measured:
     """What the network of a policy without weights needs for a minibatch of so many rows, and to decode.
 
     samples: of an iteration on one device, which is the most that is drawn or decoded at once. accumulate:
-    an update has several minibatches, see `live_bytes`.
+    an update has several minibatches, see `live_bytes`. rest: rows of its last one, where these are fewer; 0
+    where they are not. device: what runs it, which has operations of its own that autocast leaves in fp32.
     """
     adapter, network = policy.adapter, policy.module
     text = blank_text(policy)
@@ -273,16 +321,36 @@ def measure(policy: FlowPolicy, rows: int, samples: int, accumulate: bool = Fals
     each = adapter.rows(guidance)
     size = max(1, rows // each)
 
+    precision = DTYPES[policy.settings.precision]
+
+    def casting(keep: bool) -> AbstractContextManager[object]:
+        return nullcontext() if precision == torch.float32 else Autocast(device, precision, keep)
+
     def forward(count: int) -> Tensor:
-        seen = {name: value.expand(count, *value.shape) for name, value in text.items()}
+        # Each row has a text of its own, as in a run.
+        seen = {name: value.expand(count, *value.shape).clone() for name, value in text.items()}
         x, sigma = torch.empty(count, *policy.shape, device=META), torch.empty(count, device=META)
-        found: Tensor = adapter.velocity(network, x, sigma, seen, seen if each == 2 else None, guidance)
+        with casting(True):
+            found: Tensor = adapter.velocity(network, x, sigma, seen, seen if each == 2 else None, guidance)
         return found
 
-    _checkpointing(network, True)
-    again = live_bytes(network, lambda: forward(size), accumulate=accumulate)
+    def update(count: int) -> Alive:
+        return live_bytes(network, lambda: forward(count), accumulate=accumulate)
+
+    def draw(count: int) -> Alive:
+        with torch.no_grad():
+            return live_bytes(network, lambda: forward(count), backward=False)
+
+    _checkpointing(network, True, lambda: casting(False))
+    again = update(size)
     _checkpointing(network, False)
-    whole = live_bytes(network, lambda: forward(size), accumulate=accumulate)
+    whole = update(size)
+    rows_at_once = min(samples, max(1, policy.chunk // each))
+    sampling = draw(rows_at_once)
+    products = whole.products | sampling.products
+    if device == "cpu" and products:
+        products |= draw(left).products if (left := samples % rows_at_once) else frozenset()
+        products |= update(left).products if (left := rest // each) else frozenset()
     _checkpointing(network, policy.settings.gradient_checkpointing)
     chunk = min(samples, max(1, DECODED_PLACES // math.prod(policy.shape[1:])))
     vae = adapter.pipeline.vae
@@ -295,8 +363,6 @@ def measure(policy: FlowPolicy, rows: int, samples: int, accumulate: bool = Fals
         return found
 
     with torch.no_grad():
-        rows_at_once = min(samples, max(1, policy.chunk // each))
-        sampling = live_bytes(network, lambda: forward(rows_at_once), backward=False)
         decoding = live_bytes(vae, decode, backward=False)
     parts = [part for part in adapter.pipeline.components.values() if isinstance(part, nn.Module)]
     trained = [p for p in network.parameters() if p.requires_grad]
@@ -311,15 +377,20 @@ def measure(policy: FlowPolicy, rows: int, samples: int, accumulate: bool = Fals
         sampling=sampling.peak,
         decoding=decoding.peak - media,
         media=media / chunk,
+        kernels=KERNEL * len(products) if device == "cpu" else 0.0,
     )
 
 
-def _checkpointing(network: nn.Module, on: bool) -> None:
+def _checkpointing(
+    network: nn.Module, on: bool, again: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> None:
+    """Turn gradient checkpointing on or off; again: around what is computed a second time."""
     for part in [network, *network.children()]:
         name = "enable_gradient_checkpointing" if on else "disable_gradient_checkpointing"
         switch: Any = getattr(part, name, None)
         if switch is not None:
-            switch()
+            how = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+            switch(*([how] if on else []))
     network.train(on)  # blocks are checkpointed in training alone
 
 
@@ -392,6 +463,7 @@ def _memory(
         media=media,
         sampling=measured.sampling,
         decoding=max(measured.decoding, media),
+        kernels=measured.kernels,
     )
 
 
@@ -467,9 +539,11 @@ def rehearse(
     gpu_memory: float = 80.0,
     tflops: float = 990.0,
     utilization: float = 0.4,
+    device: Device = "cuda",
 ) -> tuple[dict[str, Any], Estimate]:
     """Everything about a run that can be known without weights and rewards: its plan, and what it will cost.
 
+    device: what it runs on; in half precision another needs other memory.
     Raises ConfigError or ValueError with the setting to mend, as the run itself would.
     """
     source = PromptSource.read(config.prompts, config.training.seed)
@@ -488,7 +562,8 @@ def rehearse(
         updates = config.training.updates * (max(plan.actions for plan in plans) if algorithm.apart else 1)
         rows = math.ceil(cost["train"] / updates / max(1, gpus))  # of one update on one device
         batch = config.training.batch
-        measured = measure(policy, min(rows, batch), each, accumulate=rows > batch)
+        rest = rows % batch if rows > batch else 0
+        measured = measure(policy, min(rows, batch), each, rows > batch, rest, device)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     plan = derive(config, algorithm, policy, cost, gpus, len(source.prompts))

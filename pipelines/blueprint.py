@@ -117,25 +117,17 @@ def blank_policy(settings: PolicySettings, noise: Noise, split: Split = "whole")
                 part in DENOISERS and not settings.lora.rank
             )
             nn.Module.to(network, torch.float32 if whole else frozen)
-    policy = FlowPolicy(adapter, settings, noise, META, split=split, chunk=settings.chunk)
-    for network in policy._parts.values():
-        nn.Module.to(network, torch.float32 if not settings.lora.rank else frozen)
-        # There is no autocast on the meta device: everything that goes in is brought to the weights' type.
-        network.register_forward_pre_hook(_cast, with_kwargs=True)
-    return policy
+            if blueprint.parts[part][0] == "diffusers":
+                _keep(network)
+    return FlowPolicy(adapter, settings, noise, META, split=split, chunk=settings.chunk)
 
 
-def _cast(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    dtype = next(network.parameters()).dtype
-
-    def cast(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(dtype) if value.is_floating_point() else value
-        if isinstance(value, dict):
-            return {name: cast(one) for name, one in value.items()}
-        return [cast(one) for one in value] if isinstance(value, list) else value
-
-    return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+def _keep(network: nn.Module) -> None:
+    """Give what a model of diffusers keeps in fp32 at every precision (embeddings of time, norms) that type."""
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in network.named_parameters():
+        if kept.intersection(name.split(".")):
+            parameter.data = parameter.data.float()
 
 
 def blank_text(policy: FlowPolicy) -> Condition:

@@ -1,0 +1,89 @@
+"""What `torch.autocast` makes of a forward, for tensors of a device that has no autocast: those without content.
+
+Which operations compute in half precision and which in fp32 depends on the device that is meant. Both are asked
+of torch: an operation is autocast's where the dispatcher has a kernel of its own for that device, and those that
+are neither products nor promoted to their widest input are computed in fp32 (the lists of ATen/autocast_mode.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Device = Literal["cuda", "cpu"]
+
+PRODUCTS = frozenset(
+    "_addmm_activation _convolution _cudnn_rnn _native_multi_head_attention _scaled_dot_product_flash_attention "
+    "_thnn_fused_gru_cell _thnn_fused_lstm_cell addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d "
+    "conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution cudnn_convolution "
+    "cudnn_convolution_transpose einsum gru_cell linalg_multi_dot linalg_vecdot linear lstm_cell matmul "
+    "mkldnn_rnn_layer mm mv prelu rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention".split()
+)
+# Promoted to the widest input, as torch does by itself wherever it may.
+PROMOTED = frozenset(
+    "addcdiv addcmul atan2 bilinear cat cross dot grid_sampler index_copy index_put scatter_add stack tensordot "
+    "vdot".split()
+)
+# What Python calls them -> the operation that they come to.
+CALLED = {"interpolate": "upsample_nearest2d", "multi_dot": "linalg_multi_dot", "normalize": "norm"}
+
+
+@cache
+def in_fp32(device: Device) -> frozenset[str]:
+    """The operations that autocast computes in fp32 on this device, which need not be here."""
+    key = f"Autocast{device.upper()}"
+    every = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
+    own = (name for name in every if torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
+    return frozenset(name[6:].split(".")[0] for name in own) - PRODUCTS - PROMOTED
+
+
+class Autocast(TorchFunctionMode):
+    """Casts what goes into operations as autocast of `device` to `dtype` does, whatever device it lies on.
+
+    keep: whether casts of trained weights stay until the end, as autocast keeps them for one forward; what
+    gradient checkpointing computes again has no such cache that outlives a block.
+    """
+
+    def __init__(self, device: Device, dtype: torch.dtype, keep: bool = True) -> None:
+        super().__init__()
+        self.device, self.dtype, self.keep = device, dtype, keep
+        self._kept: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        name = name.strip("_").removeprefix("r") if name.startswith("__") else name
+        name = CALLED.get(name, name)
+        if name in PRODUCTS:
+            return func(*self._cast(args, self.dtype), **self._cast(kwargs, self.dtype))
+        if name in in_fp32(self.device):
+            return func(*self._cast(args, torch.float32), **self._cast(kwargs, torch.float32))
+        return func(*args, **kwargs)
+
+    def __exit__(self, *reason: Any) -> None:
+        self._kept.clear()
+        super().__exit__(*reason)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, Tensor):
+            return self._one(value, dtype)
+        if isinstance(value, dict):
+            return {name: self._cast(one, dtype) for name, one in value.items()}
+        return type(value)(self._cast(one, dtype) for one in value) if type(value) in (list, tuple) else value
+
+    def _one(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        if not value.is_floating_point() or value.dtype in (dtype, torch.float64):
+            return value
+        weight = value.requires_grad and value.is_leaf and not value._is_view()
+        if not (self.keep and weight and value.dtype == torch.float32 and dtype == self.dtype):
+            return value.to(dtype)
+        if id(value) not in self._kept:
+            self._kept[id(value)] = value.to(dtype)
+        return self._kept[id(value)]
