@@ -1,8 +1,9 @@
-"""What `torch.autocast` makes of a forward, for tensors of a device that has no autocast: those without content.
+"""What `torch.autocast` makes of a forward, for tensors without content, whose device has no autocast.
 
-Which operations compute in half precision and which in fp32 depends on the device that is meant. Both are asked
-of torch: an operation is autocast's where the dispatcher has a kernel of its own for that device, and those that
-are neither products nor promoted to their widest input are computed in fp32 (the lists of ATen/autocast_mode.h).
+Which operations it computes in half precision and which in fp32 depends on the device that is meant, and
+is asked of torch: the dispatcher has a kernel for each of them under the key of that device, whether or not
+there is one. All but the products and what is promoted to its widest input are computed in fp32; these two
+lists are those of ATen/autocast_mode.h.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ from torch.overrides import TorchFunctionMode
 
 Device = Literal["cuda", "cpu"]
 
-PRODUCTS = frozenset(
-    "_addmm_activation _convolution _cudnn_rnn _native_multi_head_attention _scaled_dot_product_flash_attention "
-    "_thnn_fused_gru_cell _thnn_fused_lstm_cell addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d "
-    "conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution cudnn_convolution "
-    "cudnn_convolution_transpose einsum gru_cell linalg_multi_dot linalg_vecdot linear lstm_cell matmul "
-    "mkldnn_rnn_layer mm mv prelu rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention".split()
-)
-# Promoted to the widest input, as torch does by itself wherever it may.
-PROMOTED = frozenset(
-    "addcdiv addcmul atan2 bilinear cat cross dot grid_sampler index_copy index_put scatter_add stack tensordot "
-    "vdot".split()
-)
+_PRODUCTS = """
+    _addmm_activation _convolution _cudnn_rnn _native_multi_head_attention _scaled_dot_product_flash_attention
+    _thnn_fused_gru_cell _thnn_fused_lstm_cell addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d
+    conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution cudnn_convolution
+    cudnn_convolution_transpose einsum gru_cell linalg_multi_dot linalg_vecdot linear lstm_cell matmul
+    mkldnn_rnn_layer mm mv prelu rnn_relu_cell rnn_tanh_cell scaled_dot_product_attention
+"""
+_PROMOTED = """
+    addcdiv addcmul atan2 bilinear cat cross dot grid_sampler index_copy index_put scatter_add stack tensordot
+    vdot
+"""
+PRODUCTS, PROMOTED = frozenset(_PRODUCTS.split()), frozenset(_PROMOTED.split())
 # What Python calls them -> the operation that they come to.
 CALLED = {"interpolate": "upsample_nearest2d", "multi_dot": "linalg_multi_dot", "normalize": "norm"}
 
 
 @cache
 def in_fp32(device: Device) -> frozenset[str]:
-    """The operations that autocast computes in fp32 on this device, which need not be here."""
+    """The operations that autocast computes in fp32 on this device, which need not be there."""
     key = f"Autocast{device.upper()}"
     every = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::"))
     own = (name for name in every if torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
@@ -45,8 +46,8 @@ def in_fp32(device: Device) -> frozenset[str]:
 class Autocast(TorchFunctionMode):
     """Casts what goes into operations as autocast of `device` to `dtype` does, whatever device it lies on.
 
-    keep: whether casts of trained weights stay until the end, as autocast keeps them for one forward; what
-    gradient checkpointing computes again has no such cache that outlives a block.
+    keep: whether casts of trained weights stay until the end, as autocast keeps them for one forward. Not in
+    what gradient checkpointing computes again, whose cache ends with its block.
     """
 
     def __init__(self, device: Device, dtype: torch.dtype, keep: bool = True) -> None:

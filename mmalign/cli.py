@@ -280,6 +280,12 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
 def add_devices(part: argparse.ArgumentParser) -> None:
     """What a plan without weights reckons with."""
     part.add_argument("--gpus", type=int, default=1, help="devices (default 1)")
+    part.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="what they are: half precision takes other memory on each (default cuda)",
+    )
     part.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of each (default 80)")
     part.add_argument(
         "--gpu-tflops",
@@ -378,7 +384,12 @@ def plan_command(options: argparse.Namespace) -> int:
     config = early(lambda: load_config(recipe(options.config), options.overrides))
     plan, found = early(
         lambda: planning.rehearse(
-            config, options.gpus, options.gpu_memory, options.gpu_tflops, options.utilization
+            config,
+            options.gpus,
+            options.gpu_memory,
+            options.gpu_tflops,
+            options.utilization,
+            options.device,
         )
     )
     print(plan_text(config, plan, []), planning.page(found, options.gpu_memory, options.gpus), sep="\n\n")

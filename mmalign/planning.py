@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -53,8 +53,8 @@ SHARDINGS: dict[Sharding, str] = {
 }
 RESERVED = 0.08  # share of a device that the runtime, its libraries and fragmentation take
 GIB = 2**30
-# What oneDNN keeps of a product of matrices in half precision, for as long as the process lives: a descriptor of
-# each of the 80 kernels that the tails of its sizes may ask for (brgemm_matmul), whatever the sizes are.
+# What oneDNN keeps of a product of matrices in half precision while the process lives, whatever its sizes: a
+# description of each of the 80 kernels that their tails may ask for (brgemm_matmul). The code comes on top.
 KERNEL = 2**19
 
 
@@ -176,8 +176,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Working(Live):  # type: ignore[no-untyped-call]
     """Live, and what convolutions take for themselves while they work.
 
-    products: the products of matrices in half precision that there were, by the sizes and strides of what goes
-    into them.
+    products: those of matrices in half precision there were, by sizes and strides of what they multiply.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:

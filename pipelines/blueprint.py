@@ -123,7 +123,7 @@ def blank_policy(settings: PolicySettings, noise: Noise, split: Split = "whole")
 
 
 def _keep(network: nn.Module) -> None:
-    """Give what a model of diffusers keeps in fp32 at every precision (embeddings of time, norms) that type."""
+    """Bring what a model of diffusers keeps in fp32 at every precision (embeddings of time, norms) to it."""
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     for name, parameter in network.named_parameters():
         if kept.intersection(name.split(".")):

@@ -1,5 +1,6 @@
 """What a run will cost is known without its weights: bytes as they are kept, operations as counted."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -19,10 +20,10 @@ from mmalign.pipelines import catalog, load
 from mmalign.pipelines.blueprint import blank_policy, known_models, read_blueprint
 from mmalign.planning import (
     GIB,
+    KERNEL,
     RESERVED,
     SHARDINGS,
     Working,
-    _fused_attention,
     live_bytes,
     measure,
     rehearse,
@@ -81,7 +82,7 @@ def test_shipped_configurations_have_the_published_sizes(model):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("rank", [0, 4])
 def test_bytes_without_content_are_the_bytes_with_it(rank, precision, again, accumulate):
-    """Forward and backward of one network: what is predicted, and what real ones keep alive under autocast."""
+    """Forward and backward of one network: what is predicted, and what real ones keep alive."""
     given = settings(lora=LoraSettings(rank, 6), gradient_checkpointing=again, precision=precision)
     predicted = measure(blank_policy(given, Noise()), 6, 6, accumulate, device="cpu")
     policy = load(given, Noise())
@@ -100,7 +101,10 @@ def test_bytes_without_content_are_the_bytes_with_it(rank, precision, again, acc
             velocity = policy.adapter.velocity(network, x, sigma, seen, None, 1.0)
         del x, sigma, seen
         velocity.float().square().mean().backward()
-    assert live.peak - grads == (predicted.checkpointed if again else predicted.plain)
+    # A CPU has moments of layer norms in half precision, the meta device in fp32; this network is narrow.
+    near = 0 if precision == "fp32" else 0.01
+    wanted = predicted.checkpointed if again else predicted.plain
+    assert live.peak - grads == pytest.approx(wanted, rel=near)
     assert predicted.checkpointed < predicted.plain
 
 
@@ -114,6 +118,76 @@ def test_a_convolution_works_on_turned_copies_of_what_it_reads_and_writes():
         found = live_bytes(network, lambda: network(torch.empty(2, 4, 8, 8, device="meta")), backward=False)
     # Beside the input: the output in 32 channels and turned back, more than the input in 16; the weights.
     assert found.peak == (4 + 32 + 20) * channel + 4 * 4 * 20
+
+
+def test_a_cpu_keeps_a_kernel_of_each_product_in_half_precision():
+    network = nn.Linear(8, 16, device="meta")
+
+    def products(*rows, dtype=torch.bfloat16):
+        network.to(dtype)
+        return live_bytes(
+            network, lambda: sum(network(torch.empty(n, 8, device="meta", dtype=dtype)).sum() for n in rows)
+        ).products
+
+    assert len(products(5)) == 2  # forward, and the gradient of the weights; none is wanted of the input
+    assert products(5, 5) == products(5)
+    assert len(products(5, 6)) == 4
+    assert not products(5, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kernels_are_those_of_all_sizes_of_a_run(precision, device):
+    """Of the forwards of sampling and of the update, and of the smaller ones that are left of them."""
+    policy = blank_policy(settings(precision=precision), Noise())
+    found = [
+        measure(policy, 6, *given, device=device).kernels / KERNEL for given in ((6, True), (6, True, 2))
+    ]
+    if (device, precision) != ("cpu", "bf16"):
+        assert found == [0, 0]
+    else:
+        assert 20 < found[0] < found[1] < 2 * found[0]
+        policy.chunk = 4
+        assert measure(policy, 6, 6, True, device=device).kernels / KERNEL > found[0]
+
+
+KEPT = """
+import os, sys, torch
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+torch.set_num_threads(1)
+weight = torch.zeros(128, 128, dtype=torch.bfloat16)
+def multiply(rows):
+    torch.nn.functional.linear(torch.zeros(rows, 128, dtype=torch.bfloat16), weight)
+multiply(999)
+before = resident()
+for _ in range(int(sys.argv[1])):
+    for rows in range(1000, 1040):
+        multiply(rows)
+print(resident() - before)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_are_as_large_as_onednn_has_them():
+    """Forty products of other sizes keep a little more than that; the same ones once more keep nothing."""
+    if not (Path("/proc/self/statm").exists() and torch.cpu._is_avx512_bf16_supported()):
+        pytest.skip("a processor without products in bf16 makes none of oneDNN's kernels for them")
+    once, twice = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", KEPT, times],
+                env={**os.environ, **TRIMMED},
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        )
+        for times in ("1", "2")
+    )
+    assert 1 <= once / 40 / KERNEL < 1.4
+    assert twice == pytest.approx(once, rel=0.05)
 
 
 def test_operations_are_those_of_the_products():
@@ -163,8 +237,8 @@ def test_a_minibatch_is_no_larger_than_its_update(monkeypatch):
     monkeypatch.chdir(ROOT)
     asked = []
 
-    def small(policy, rows, samples, accumulate):
-        asked.append((rows, accumulate))
+    def small(policy, rows, samples, accumulate, rest, device):
+        asked.append((rows, accumulate, rest))
         return measure(policy, 1, 1, accumulate)
 
     monkeypatch.setattr("mmalign.planning.measure", small)
@@ -173,7 +247,7 @@ def test_a_minibatch_is_no_larger_than_its_update(monkeypatch):
     plan(f"training.batch={rows}")
     plan(f"training.batch={rows - 1}")
     plan("training.batch=10000", gpus=2)
-    assert asked == [(rows, False), (rows, False), (rows - 1, True), (rows // 2, False)]
+    assert asked == [(rows, False, 0), (rows, False, 0), (rows - 1, True, 1), (rows // 2, False, 0)]
 
 
 def test_work_is_the_forwards_of_the_plan(monkeypatch):
@@ -275,34 +349,71 @@ WORST = {
 }
 
 
+# Of other sizes and settings, by night alone.
+MORE = {
+    "minibatches and a rest": ["training.batch=80"],
+    "adapters of rank 8": [*ADAPTERS, "policy.lora={rank: 8, alpha: 8}"],
+    "guidance": [*ADAPTERS, "policy.guidance=3"],
+    "average and several times": [*ADAPTERS, "training.ema_decay=0.9", "algorithm.renoise={times: 3}"],
+    "all weights, checkpointed": [*CHECKPOINTED, "policy.lora.rank=0", "policy.gradient_checkpointing=true"],
+    "middle: minibatches and a rest": [*MIDDLE, "training.batch=10", "algorithm.renoise={times: 8}"],
+    "middle: larger pictures": [
+        "policy.height=256",
+        "policy.width=256",
+        "prompts.per_iteration=1",
+        "prompts.group=2",
+        "training.batch=4",
+    ],
+}
+# What is measured by day; the rest of both lists, at both precisions, by night.
+DAILY = [(name, "fp32") for name in WORST] + [
+    ("update of adapters", "bf16"),
+    ("update of all weights", "bf16"),
+    ("middle: update of adapters", "bf16"),
+]
+# Freed memory goes back to the system at once, so that what is resident is what is in use.
+TRIMMED = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory):
     return middle(tmp_path_factory.mktemp("middle"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WORST)
-def test_a_run_needs_the_memory_that_was_predicted(name, request, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        pytest.param(*one, marks=pytest.mark.slow if one in DAILY else pytest.mark.nightly)
+        for one in itertools.product([*WORST, *MORE], ["fp32", "bf16"])
+    ],
+)
+def test_a_run_needs_the_memory_that_was_predicted(name, precision, request, monkeypatch):
     """The most that is resident in the iterations of a run, beside what a tiny one left, within 15 %."""
     monkeypatch.chdir(ROOT)
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("resident memory is read from /proc")
-    recipe, given = "assets/recipes/lab_diffusion_nft.yaml", [*WORST[name], "algorithm.steps=2"]
+    if precision == "bf16" and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("a processor without products in bf16 computes them in kernels of its own")
+    recipe = "assets/recipes/lab_diffusion_nft.yaml"
+    given = [*(WORST | MORE)[name], "algorithm.steps=2", f"policy.precision={precision}"]
     if name.startswith("middle"):
         # A second iteration, for it finds gradients and moments there.
         more = ["training.updates=1", "training.iterations=2"]
         given += [*more, f"policy.model={request.getfixturevalue('larger')}"]
     else:
         given += ["training.iterations=1"]
-    # Freed memory goes back to the system at once, so that what is resident is what is in use.
-    small = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     ran = subprocess.run(
         [sys.executable, "tests/peak.py", recipe, "run.tensorboard=false", "evaluation.prompts=0", *given],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **small},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **TRIMMED},
         capture_output=True,
         text=True,
         check=True,
     )
     measured = json.loads(ran.stdout.splitlines()[-1])["peak"]
-    _, found = rehearse(load_config(recipe, given))
+    _, found = rehearse(load_config(recipe, given), device="cpu")
     assert found.memory["ddp"].peak == pytest.approx(measured, rel=0.15)
