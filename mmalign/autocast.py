@@ -70,7 +70,7 @@ class Autocast(TorchFunctionMode):
 
     def __exit__(self, *reason: Any) -> None:
         self._kept.clear()
-        super().__exit__(*reason)
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, Tensor):

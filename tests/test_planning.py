@@ -146,7 +146,7 @@ def test_kernels_are_those_of_all_sizes_of_a_run(precision, device):
     if (device, precision) != ("cpu", "bf16"):
         assert found == [0, 0]
     else:
-        assert 20 < found[0] < found[1] < 2 * found[0]
+        assert 20 < found[0] < found[1] <= 2 * found[0]
         policy.chunk = 4
         assert measure(policy, 6, 6, True, device=device).kernels / KERNEL > found[0]
 
