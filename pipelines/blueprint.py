@@ -117,13 +117,14 @@ def blank_policy(settings: PolicySettings, noise: Noise, split: Split = "whole")
                 part in DENOISERS and not settings.lora.rank
             )
             nn.Module.to(network, torch.float32 if whole else frozen)
-            if blueprint.parts[part][0] == "diffusers":
+            # Models of transformers keep theirs (of T5, a third) in fp32 in fp16 alone.
+            if blueprint.parts[part][0] == "diffusers" or settings.precision == "fp16":
                 _keep(network)
     return FlowPolicy(adapter, settings, noise, META, split=split, chunk=settings.chunk)
 
 
 def _keep(network: nn.Module) -> None:
-    """Bring what a model of diffusers keeps in fp32 at every precision (embeddings of time, norms) to it."""
+    """Bring what a model keeps in fp32 in half precision (embeddings of time, norms) to it."""
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
     for name, parameter in network.named_parameters():
         if kept.intersection(name.split(".")):

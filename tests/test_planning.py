@@ -77,6 +77,34 @@ def test_shipped_configurations_have_the_published_sizes(model):
     assert model in known_models()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_weights_without_content_have_the_types_of_those_with_it(rank, precision):
+    given = settings(lora=LoraSettings(rank, 6), precision=precision)
+    blank, real = (
+        {
+            (part, name): p.dtype
+            for part, network in policy.adapter.pipeline.components.items()
+            if isinstance(network, nn.Module)
+            for name, p in network.named_parameters()
+        }
+        for policy in (blank_policy(given, Noise()), load(given, Noise()))
+    )
+    assert blank == real
+    assert precision == "fp32" or len(set(real.values())) == 2
+
+
+def test_what_a_model_keeps_in_fp32_is_kept_there():
+    given = PolicySettings(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", height=64, width=64, frames=5, precision="bf16"
+    )
+    network = blank_policy(given, Noise()).module
+    types = {name: p.dtype for name, p in network.named_parameters() if "lora" not in name}
+    assert types["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+    assert types["blocks.0.norm2.weight"] == types["scale_shift_table"] == torch.float32
+    assert types["blocks.0.ffn.net.2.weight"] == torch.bfloat16
+
+
 @pytest.mark.parametrize("accumulate", [False, True], ids=["first minibatch", "later minibatch"])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
