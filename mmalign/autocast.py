@@ -46,14 +46,12 @@ def in_fp32(device: Device) -> frozenset[str]:
 class Autocast(TorchFunctionMode):
     """Casts what goes into operations as autocast of `device` to `dtype` does, whatever device it lies on.
 
-    keep: whether casts of trained weights stay until the end, as autocast keeps them for one forward. Not in
-    what gradient checkpointing computes again, whose cache ends with its block.
+    Casts are not kept for further use of a weight, as policies ask it of autocast.
     """
 
-    def __init__(self, device: Device, dtype: torch.dtype, keep: bool = True) -> None:
+    def __init__(self, device: Device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.device, self.dtype, self.keep = device, dtype, keep
-        self._kept: dict[int, Tensor] = {}
+        self.device, self.dtype = device, dtype
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -68,23 +66,9 @@ class Autocast(TorchFunctionMode):
             return func(*self._cast(args, torch.float32), **self._cast(kwargs, torch.float32))
         return func(*args, **kwargs)
 
-    def __exit__(self, *reason: Any) -> None:
-        self._kept.clear()
-        super().__exit__(*reason)  # type: ignore[no-untyped-call]
-
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, Tensor):
-            return self._one(value, dtype)
+            return value.to(dtype) if value.is_floating_point() and value.dtype != torch.float64 else value
         if isinstance(value, dict):
             return {name: self._cast(one, dtype) for name, one in value.items()}
         return type(value)(self._cast(one, dtype) for one in value) if type(value) in (list, tuple) else value
-
-    def _one(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        if not value.is_floating_point() or value.dtype in (dtype, torch.float64):
-            return value
-        weight = value.requires_grad and value.is_leaf and not value._is_view()
-        if not (self.keep and weight and value.dtype == torch.float32 and dtype == self.dtype):
-            return value.to(dtype)
-        if id(value) not in self._kept:
-            self._kept[id(value)] = value.to(dtype)
-        return self._kept[id(value)]

@@ -322,14 +322,14 @@ def measure(
 
     precision = DTYPES[policy.settings.precision]
 
-    def casting(keep: bool) -> AbstractContextManager[object]:
-        return nullcontext() if precision == torch.float32 else Autocast(device, precision, keep)
+    def casting() -> AbstractContextManager[object]:
+        return nullcontext() if precision == torch.float32 else Autocast(device, precision)
 
     def forward(count: int) -> Tensor:
         # Each row has a text of its own, as in a run.
         seen = {name: value.expand(count, *value.shape).clone() for name, value in text.items()}
         x, sigma = torch.empty(count, *policy.shape, device=META), torch.empty(count, device=META)
-        with casting(True):
+        with casting():
             found: Tensor = adapter.velocity(network, x, sigma, seen, seen if each == 2 else None, guidance)
         return found
 
@@ -340,7 +340,7 @@ def measure(
         with torch.no_grad():
             return live_bytes(network, lambda: forward(count), backward=False)
 
-    _checkpointing(network, True, lambda: casting(False))
+    _checkpointing(network, True, casting)
     again = update(size)
     _checkpointing(network, False)
     whole = update(size)

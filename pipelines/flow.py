@@ -219,7 +219,9 @@ def computing(settings: PolicySettings, device: torch.device) -> AbstractContext
     """Around forwards of the network: their matrix products are at the precision of the settings."""
     if settings.precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, DTYPES[settings.precision])
+        # Its cache of casts would keep one of every trained weight until the forward ends, and serve none of them
+    # again: a forward uses each weight once. With all weights that is 2 bytes a parameter.
+    return torch.autocast(device.type, DTYPES[settings.precision], cache_enabled=False)
 
 
 class FlowPolicy:

@@ -18,6 +18,7 @@ from mmalign.config import ConfigError, load_config
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.pipelines import catalog, load
 from mmalign.pipelines.blueprint import blank_policy, known_models, read_blueprint
+from mmalign.pipelines.flow import computing
 from mmalign.planning import (
     GIB,
     KERNEL,
@@ -125,7 +126,7 @@ def test_bytes_without_content_are_the_bytes_with_it(rank, precision, again, acc
     with live:
         x, sigma = torch.rand(6, *policy.shape), torch.rand(6)
         seen = {name: value.expand(6, *value.shape).clone() for name, value in text.items()}
-        with policy._autocast():
+        with computing(policy.settings, policy.device):
             velocity = policy.adapter.velocity(network, x, sigma, seen, None, 1.0)
         del x, sigma, seen
         velocity.float().square().mean().backward()
