@@ -215,13 +215,17 @@ class _Texts:
         return _Texts(self.tensors, self.place[rows], negative)
 
 
-def computing(settings: PolicySettings, device: torch.device) -> AbstractContextManager[object]:
-    """Around forwards of the network: their matrix products are at the precision of the settings."""
+def computing(
+    settings: PolicySettings, device: torch.device, again: bool = True
+) -> AbstractContextManager[object]:
+    """Around forwards of the network: their matrix products are at the precision of the settings.
+
+    again: whether weights are used more than once, as in writing token by token. Then the casts of trained ones
+    are kept until the end, 2 bytes a parameter.
+    """
     if settings.precision == "fp32":
         return nullcontext()
-        # Its cache of casts would keep one of every trained weight until the forward ends, and serve none of them
-    # again: a forward uses each weight once. With all weights that is 2 bytes a parameter.
-    return torch.autocast(device.type, DTYPES[settings.precision], cache_enabled=False)
+    return torch.autocast(device.type, DTYPES[settings.precision], cache_enabled=again)
 
 
 class FlowPolicy:
@@ -439,7 +443,7 @@ class FlowPolicy:
 
     def _forward(self, x: Tensor, sigma: Tensor, texts: _Texts, guidance: float) -> Tensor:
         seen, unwanted = texts.positives(), texts.negatives()
-        with computing(self.settings, self.device):
+        with computing(self.settings, self.device, again=False):
             velocity = self.adapter.velocity(self.module, x, sigma, seen, unwanted, guidance)
         return velocity.float()
 

@@ -126,7 +126,7 @@ def test_bytes_without_content_are_the_bytes_with_it(rank, precision, again, acc
     with live:
         x, sigma = torch.rand(6, *policy.shape), torch.rand(6)
         seen = {name: value.expand(6, *value.shape).clone() for name, value in text.items()}
-        with computing(policy.settings, policy.device):
+        with computing(policy.settings, policy.device, again=False):
             velocity = policy.adapter.velocity(network, x, sigma, seen, None, 1.0)
         del x, sigma, seen
         velocity.float().square().mean().backward()
