@@ -220,8 +220,8 @@ def computing(
 ) -> AbstractContextManager[object]:
     """Around forwards of the network: their matrix products are at the precision of the settings.
 
-    again: whether weights are used more than once, as in writing token by token. Then the casts of trained ones
-    are kept until the end, 2 bytes a parameter.
+    again: whether weights are used more than once, as in writing token by token. Then the casts of trained
+    ones are kept until the end, 2 bytes a parameter.
     """
     if settings.precision == "fp32":
         return nullcontext()
