@@ -117,7 +117,7 @@ def blank_policy(settings: PolicySettings, noise: Noise, split: Split = "whole")
                 part in DENOISERS and not settings.lora.rank
             )
             nn.Module.to(network, torch.float32 if whole else frozen)
-            # Models of transformers keep theirs (of T5, a third) in fp32 in fp16 alone.
+            # Models of transformers keep theirs (of T5 a fifth) in fp32 in fp16 alone.
             if blueprint.parts[part][0] == "diffusers" or settings.precision == "fp16":
                 _keep(network)
     return FlowPolicy(adapter, settings, noise, META, split=split, chunk=settings.chunk)
