@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from mmalign.lab.clips import SWITCH, WAYS, Actor, ClipTask
+from mmalign.lab.clips import WAYS, Actor, ClipTask, pace, switches
 from mmalign.lab.reading import read_scene
 from mmalign.lab.scenes import CANVAS, EXTENT, Scene, Thing
 
+# Steps are those of a clip of 9 frames: `_steps` brings those of other lengths to them.
 STEP = 1.2  # pixels of the canvas a frame from which a move counts as one in full; prompts mean 1.7 or more
 STRAIGHT = 0.97  # cosine to the asked way from which a step leads it in full
 STILL = 0.8  # up to which a thing rests
@@ -180,7 +181,8 @@ def _judge(actor: Actor, things: Sequence[Thing | None]) -> ActorVerdict:
 def _switched(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which frames lie before the switch that fits best [F] bool, and how far each fits it [F]."""
     frames = len(before)
-    times = range(max(1, SWITCH[0] - 1), min(frames - 1, SWITCH[1] + 1) + 1)
+    first, last = switches(frames)
+    times = range(max(1, first - 1), min(frames - 1, last + 1) + 1)
     fits = {t: np.concatenate([before[:t], after[t:]]) for t in times}
     best = max(fits, key=lambda t: float(fits[t].sum()))
     return np.arange(frames) < best, fits[best]
@@ -191,9 +193,14 @@ def _track(things: Sequence[Thing | None]) -> np.ndarray:
 
 
 def _steps(track: np.ndarray) -> np.ndarray:
-    """The step that leads to each frame [F, 2], to the first that which leads from it; 0 where unseen."""
-    steps = np.diff(track, axis=0)
-    found: np.ndarray = np.nan_to_num(np.concatenate([steps[:1], steps]), nan=0.0)
+    """The step that leads to each frame [F, 2], to the first ones that which leads from them; 0 where unseen.
+
+    In pixels a frame of a clip of 9 frames. In long clips it is measured over two frames: what a thing
+    moves in one of them is little beside how exactly it is read.
+    """
+    span = max(1, round(1 / pace(len(track))))
+    steps = (track[span:] - track[:-span]) / (span * pace(len(track)))
+    found: np.ndarray = np.nan_to_num(np.concatenate([steps[:span], steps]), nan=0.0)
     return found
 
 
@@ -235,7 +242,7 @@ def _collision(actors: Sequence[Actor], found: Sequence[Sequence[Thing | None]])
         radii = [next(t.radius for t in things if t) for things in found]
         reach = sum(EXTENT[a.shape] * radius for a, radius in zip(actors, radii, strict=True))
         met = float(np.nanmin(gap)) <= reach + NEAR
-        change = np.nan_to_num(np.diff(gap), nan=0.0)
+        change = np.nan_to_num(np.diff(gap), nan=0.0) / pace(len(gap))
         change = np.concatenate([change[:1], change])
         wanted = np.where(np.arange(len(gap)) <= meet, -1, 1)
         inside = 0 < meet < len(gap) - 1

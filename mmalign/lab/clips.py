@@ -9,7 +9,8 @@ and shape and says what it does:
     a red circle and a blue square collide
 
 What it leaves open (where, how fast, when) is drawn. Places are in pixels of the 64 x 64 canvas of `scenes`,
-speeds in those per frame, at any rendered size.
+speeds in those per frame of a clip of `FRAMES`, at any rendered size. A clip of another length shows the same
+in more or fewer frames: its times and speeds are stretched to it (`pace`, `switches`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ RADII = (8.8, 10.0)  # pixels of the canvas
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 SPEEDS = {None: (1.7, 4.4), "slowly": (1.7, 2.3), "quickly": (3.5, 4.4)}
-SWITCH = (3, 6)  # the frames between which a thing may appear, vanish or turn another color
+SWITCH = (3, 6)  # of FRAMES, those between which a thing may appear, vanish or turn another color
 
 CATEGORIES = ("motion", "speed", "two_motions", "rest", "event", "collision")
 # Shares of the training clips; rare kinds are easier.
@@ -168,8 +169,24 @@ def _actor(phrase: str, collides: bool, prompt: str) -> Actor:
 # ---- clips
 
 
+def pace(frames: int) -> float:
+    """What a speed of a clip of `FRAMES` frames is in one of `frames`, so that both lead equally far."""
+    return (FRAMES - 1) / max(1, frames - 1)
+
+
+def switches(frames: int) -> tuple[int, int]:
+    """`SWITCH` in a clip of `frames`."""
+    first, last = (time * frames // FRAMES for time in SWITCH)
+    return first, last
+
+
 def compose_clip(task: ClipTask, rng: random.Random, frames: int = FRAMES) -> Clip:
-    """A clip that shows what the task asks for and nothing else; what it leaves open is drawn."""
+    """A clip that shows what the task asks for and nothing else; what it leaves open is drawn.
+
+    Raises ValueError below 4 frames, in which nothing can appear, or meet and part.
+    """
+    if frames < 4:
+        raise ValueError(f"compose_clip: a clip has at least 4 frames, got {frames}")
     if task.category == "collision":
         return _collide(task, rng, frames)
     while True:
@@ -184,7 +201,7 @@ def _path(actor: Actor, rng: random.Random, frames: int) -> list[Thing | None]:
     thing = Thing(actor.shape, actor.color, "medium", 0.0, 0.0, rng.uniform(*RADII))
     low, high = thing.extent + BORDER, CANVAS - thing.extent - BORDER
     dx, dy = WAYS[actor.way] if actor.way else (0, 0)
-    slow, fast = SPEEDS[actor.speed]
+    slow, fast = (speed * pace(frames) for speed in SPEEDS[actor.speed])
     speed = rng.uniform(slow, min(fast, (high - low) / (frames - 1))) if actor.way else 0.0
 
     def start(step: float) -> float:

@@ -1,5 +1,6 @@
 """Scenes that move: prompts are tasks, clips show what is asked, and the verifier sees what is wrong."""
 
+import hashlib
 import random
 from dataclasses import replace
 
@@ -23,11 +24,13 @@ from mmalign.lab.clips import (
 )
 from mmalign.lab.scenes import CANVAS, Scene
 
+LENGTHS = [(9, 32), (8, 32), (12, 32), (16, 32), (9, 64), (16, 64)]  # frames, and pixels along a side
 
-def drawn(count, category=None, split="train", seed=0):
+
+def drawn(count, category=None, split="train", seed=0, frames=FRAMES):
     rng = random.Random(seed)
     tasks = [sample_clip_task(rng, category, split) for _ in range(count)]
-    return [(task, compose_clip(task, rng)) for task in tasks]
+    return [(task, compose_clip(task, rng, frames)) for task in tasks]
 
 
 def changed(clip, change):
@@ -67,26 +70,58 @@ def test_sentences_that_are_not_of_clips_are_refused():
             parse_clip(prompt)
 
 
-def test_things_stay_inside_and_apart():
-    for _, clip in drawn(200):
-        assert len(clip.frames) == FRAMES
+@pytest.mark.parametrize("frames", sorted({frames for frames, _ in LENGTHS}))
+def test_things_stay_inside_and_apart(frames):
+    for _, clip in drawn(200, frames=frames):
+        assert len(clip.frames) == frames
         for scene in clip.frames:
             for thing in scene.things:
                 assert thing.extent <= min(thing.x, thing.y)
                 assert max(thing.x, thing.y) <= CANVAS - thing.extent
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.04])
-def test_a_clip_that_shows_what_is_asked_is_right_in_every_frame(noise):
+@pytest.mark.parametrize(
+    ("frames", "side", "noise"), [(9, 32, 0.0), *((*length, 0.04) for length in LENGTHS)]
+)
+def test_a_clip_that_shows_what_is_asked_is_right_in_every_frame(frames, side, noise):
     rng = np.random.default_rng(0)
     for category in CATEGORIES:
-        for task, clip in drawn(12, category):
-            pixels = render_clip(clip).transpose(0, 3, 1, 2) / 255
+        for task, clip in drawn(12 if (frames, side) == (FRAMES, 32) else 6, category, frames=frames):
+            pixels = render_clip(clip, side).transpose(0, 3, 1, 2) / 255
             verdict = score_clip((pixels + noise * rng.normal(size=pixels.shape)).clip(0, 1), task)
             assert verdict.strict, write_clip_prompt(task)
             assert verdict.soft == 1
             assert not verdict.static
             assert (verdict.direction is None) == (category in ("rest", "event", "collision"))
+
+
+@pytest.mark.parametrize("frames", [8, 12, 16])
+def test_clips_of_any_length_show_the_same_in_more_or_fewer_frames(frames):
+    for category in ("motion", "speed"):
+        (task, clip), (_, short) = (
+            drawn(1, category, seed=3, frames=length)[0] for length in (frames, FRAMES)
+        )
+        for place in (0, -1):
+            assert clip.frames[place].things[0].x == pytest.approx(short.frames[place].things[0].x)
+            assert clip.frames[place].things[0].y == pytest.approx(short.frames[place].things[0].y)
+        other = "slowly" if task.actors[0].speed == "quickly" else "quickly"
+        if task.actors[0].speed:
+            wrong = soft(clip, ClipTask((replace(task.actors[0], speed=other),)))
+            assert max(wrong.frames) == 0.75
+    task, clip = drawn(1, "motion", frames=frames)[0]
+    assert max(soft(Clip(clip.frames[::-1]), task).frames) == 0.5
+
+
+def test_clips_of_9_frames_are_those_that_the_included_models_learned_from():
+    told = repr([clip for category in CATEGORIES for _, clip in drawn(40, category)])
+    assert hashlib.sha256(told.encode()).hexdigest()[:16] == "dabbfcaed19da652"
+
+
+def test_clips_too_short_to_show_anything_are_refused():
+    task = ClipTask((Actor("red", "circle", "appears"),))
+    assert len(compose_clip(task, random.Random(0), 4).frames) == 4
+    with pytest.raises(ValueError, match="at least 4 frames, got 3"):
+        compose_clip(task, random.Random(0), 3)
 
 
 def test_the_wrong_way_is_wrong_in_every_frame_and_backwards_is_the_wrong_way():
