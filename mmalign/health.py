@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,3 +143,74 @@ def peak_memory(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+STATIC_RISE = 0.1  # of the share of videos that stand still, above which the alarm rings
+STATIC_WINDOW = 5  # iterations, at the start and at the end, over which that share is taken
+STATIC_ALARM = "health/static_alarm"
+
+
+class StaticAlarm:
+    """Rings where videos come to a stand: the usual hack of judges of single frames.
+
+    Rewards of videos tell in their details whether one is `static`. The mean of that share over the last
+    `STATIC_WINDOW` iterations is held against that over the run's first ones; with a few prompts an iteration
+    a single share says little. A run whose videos stand still from the first has nothing to rise from.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, list[float]] = {}
+        self._last: dict[str, deque[float]] = {}
+        self._warned: set[str] = set()
+
+    def __call__(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The alarm of an iteration, 0 or 1, from what it measured; none where no reward tells.
+
+        The first time that it rings by a reward there is a RuntimeWarning.
+        """
+        shares = {
+            name: share
+            for name, share in metrics.items()
+            if name.startswith("reward/") and name.endswith("/static")
+        }
+        if not shares:
+            return {}
+        return {STATIC_ALARM: float(any([self._rings(name, share) for name, share in shares.items()]))}
+
+    def _rings(self, name: str, share: float) -> bool:
+        first = self._first.setdefault(name, [])
+        last = self._last.setdefault(name, deque(maxlen=STATIC_WINDOW))
+        last.append(share)
+        if len(first) < STATIC_WINDOW:
+            first.append(share)
+            return False
+        before, now = mean(first), mean(last)
+        if not now > before + STATIC_RISE:
+            return False
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"{name}: {now:.0%} of the videos of the last {STATIC_WINDOW} iterations stand still, "
+                f"{before:.0%} of the first {STATIC_WINDOW} did. The policy may be hacking a judge of single "
+                f"frames: give the reward 'motion' a weight. Said once, logged throughout ({STATIC_ALARM}).",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return True
+
+    def state_dict(self) -> dict[str, object]:
+        return {
+            "first": {name: list(shares) for name, shares in self._first.items()},
+            "last": {name: list(shares) for name, shares in self._last.items()},
+            "warned": sorted(self._warned),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._first = {name: list(shares) for name, shares in state["first"].items()}
+        self._last = {name: deque(shares, STATIC_WINDOW) for name, shares in state["last"].items()}
+        self._warned = set(state["warned"])
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)

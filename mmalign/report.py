@@ -19,6 +19,7 @@ from mmalign.charts import Line, bars, chart
 from mmalign.evaluation import Evaluated, Score, claims_of, gain, no_nan
 from mmalign.grids import data_uri
 from mmalign.hacking import Parting, partings, trained_on
+from mmalign.health import STATIC_ALARM, STATIC_RISE, STATIC_WINDOW
 from mmalign.tracking import METRICS, SAMPLES, read
 
 EVALUATION, FACTS = "evaluation", "facts.json"
@@ -128,6 +129,7 @@ def summary(run: RunFiles) -> dict[str, Any]:
         "heldout_by_category": by_category(run.evaluated),
         "diversity": diversity_of(run.evaluated),
         "hacking": [parting_of(parting) for parting in run.partings()],
+        "static_alarm": [row["step"] + 1 for row in run.rows if row.get(STATIC_ALARM)],
         "rewards": {
             name.removeprefix("reward/"): ends(run.column(name))
             for name in run.named("reward/")
@@ -250,7 +252,7 @@ def page(run: RunFiles, result: Mapping[str, Any]) -> str:
         hacking_section(run, result),
         pictures(run),
         curves(run),
-        health(run),
+        health(run, result),
         cost(run, result),
         settings(run),
     ]
@@ -466,6 +468,7 @@ HEALTH = {
     "Groups without variance": ("groups/flat_share",),
     "Spread of rewards inside groups": ("*/group_std",),
     "Samples without a verdict": ("*/missing",),
+    "Videos that stand still": ("reward/*/static",),
     "KL to the reference": ("kl",),
     "Gradient norm": ("grad_norm",),
     "Scale of the loss in fp16": ("loss_scale",),
@@ -473,7 +476,7 @@ HEALTH = {
 }
 
 
-def health(run: RunFiles) -> str:
+def health(run: RunFiles, result: Mapping[str, Any]) -> str:
     """Whether the update did what it should."""
     found = []
     for title, patterns in HEALTH.items():
@@ -485,7 +488,21 @@ def health(run: RunFiles) -> str:
             }
             lines = [line_of(run, name, label[name], less=float(name == "ratio")) for name in names]
             found.append((title, chart(lines, floor=0.0)))
-    return section("Health", found)
+    return section("Health", found) + static_line(run, result)
+
+
+def static_line(run: RunFiles, result: Mapping[str, Any]) -> str:
+    """Whether the alarm against videos that stand still rang; nothing where no reward tells of them."""
+    rang, known = result["static_alarm"], len(run.column(STATIC_ALARM))
+    if not known:
+        return ""
+    if not rang:
+        return "<p class=soft>Static alarm: silent.</p>"
+    return (
+        f"<p class=bad>Static alarm: it rang in {len(rang)} of {known} iterations, first in iteration "
+        f"{rang[0]}. The share of videos that stand still was more than {STATIC_RISE:g} above that of the "
+        f"first {STATIC_WINDOW} iterations: a sign of hacking.</p>"
+    )
 
 
 def section(title: str, charts_: Sequence[tuple[str, str]]) -> str:

@@ -20,7 +20,7 @@ from mmalign.coupling import Coupled
 from mmalign.credit import Credit, Peers
 from mmalign.distributed import Distributed
 from mmalign.gradients import Differentiated, OnLatents
-from mmalign.health import Clock, Running, peak_memory
+from mmalign.health import Clock, Running, StaticAlarm, peak_memory
 from mmalign.learning import AVERAGE, Learner, TrainingError
 from mmalign.mismatch import corrected, mismatch
 from mmalign.objectives import REFERENCE, Objective
@@ -175,6 +175,7 @@ class Trainer:
             algorithm.through.meet(scorer.rewards)
         self.learner = Learner(policy, algorithm, settings, self.distributed)
         self.clock = Clock(self.distributed.device)
+        self.alarm = StaticAlarm()
 
     def _check_groups(self) -> None:
         prompts = self.prompts.at(0, self.distributed.rank, self.distributed.world)
@@ -256,6 +257,7 @@ class Trainer:
             running.add(one)
         metrics = running.means()
         metrics |= self.composer.close()
+        metrics |= self.alarm(metrics)
         if self.algorithm.memory is not None:
             metrics |= self.algorithm.memory.note(iteration, metrics)
         for name, rule in self.algorithm.copies.items():
@@ -364,6 +366,7 @@ class Trainer:
             "memory": self.algorithm.memory.state_dict() if self.algorithm.memory is not None else None,
             "update": self.algorithm.update.state_dict(),
             "composition": self.composer.state_dict(),
+            "alarm": self.alarm.state_dict(),
             "seconds": dict(self.seconds),
             "forwards": self._forwards(),
             "ranks": own,
@@ -428,6 +431,8 @@ class Trainer:
             self.algorithm.memory.load_state_dict(state["memory"])
         self.algorithm.update.load_state_dict(state["update"])
         self.composer.load_state_dict(state["composition"])
+        if "alarm" in state:  # a run that began before there was one starts to listen here
+            self.alarm.load_state_dict(state["alarm"])
         if len(state["ranks"]) != self.distributed.world:
             warnings.warn(
                 f"{folder} was written by {len(state['ranks'])} processes and is read by "

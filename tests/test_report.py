@@ -214,3 +214,24 @@ def test_rewards_that_rise_together_do_not_part(folder):
 def test_without_a_watching_reward_there_is_nothing_to_part_from(folder):
     assert report.write(folder)["hacking"] == []
     assert "watching" not in (folder / "report.html").read_text()
+
+
+def test_the_static_alarm_is_told(tmp_path):
+    for rang in ((), (3, 4)):
+        run = tmp_path / str(len(rang))
+        track = RunTracker(run, tensorboard=False)
+        for step in range(6):
+            alarm = float(step + 1 in rang)
+            track.log(
+                step, {"reward/motion": 0.5, "reward/motion/static": alarm, "health/static_alarm": alarm}
+            )
+        assert report.write(run)["static_alarm"] == [*rang]
+        page = (run / "report.html").read_text()
+        assert "Videos that stand still" in page
+        told = "it rang in 2 of 6 iterations, first in iteration 3" if rang else "Static alarm: silent"
+        assert told in page
+
+
+def test_runs_of_pictures_have_no_static_alarm(folder):
+    assert report.write(folder)["static_alarm"] == []
+    assert "alarm" not in (folder / "report.html").read_text()

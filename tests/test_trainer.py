@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from toys import Brightness, Notes, Redness, ToyFlow, source
 from mmalign import checkpoints
 from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.contracts import Policy
+from mmalign.health import StaticAlarm
 from mmalign.objectives import ClippedRatio
 from mmalign.records import Minibatch, Outcome, Prompts, RewardSignal
+from mmalign.rewardmodels.motion import Motion
 from mmalign.scoring import RewardError, Scorer
 from mmalign.trainer import AVERAGE, Algorithm, Trainer, TrainingError, TrainingSettings
 
@@ -177,6 +181,74 @@ def test_equal_seeds_give_equal_runs_and_others_do_not():
         trainer(replace(FAST, seed=seed), tracker=notes).run()
     scores = [[m["reward/redness"] for m in notes.metrics.values()] for notes in runs]
     assert scores[0] == scores[1] != scores[2]
+
+
+# The static alarm
+
+
+class Filmed:
+    """The reward `motion` on clips in which a square moves until an iteration, and stands still from then."""
+
+    name = "motion"
+
+    def __init__(self, until: int) -> None:
+        self.until, self.iteration = until, 0
+
+    def __call__(self, outcome: Outcome) -> RewardSignal:
+        count = len(outcome.prompts)
+        clips = torch.full((count, 4, 3, 16, 16), 0.9)
+        for row, frame in product(range(count), range(4)):
+            left = 3 if self.iteration >= self.until else 3 + 2 * frame
+            clips[row, frame, :, 5:11, left : left + 5] = 0.1
+        self.iteration += 1
+        return Motion()(replace(outcome, media=clips))
+
+
+def filmed(until: int, iterations: int = 10, **given: Any) -> Trainer:
+    settings = replace(FAST, iterations=iterations, updates=1)
+    return trainer(settings, rewards=[Filmed(until)], groups=2, members=2, **given)
+
+
+def test_a_run_whose_clips_freeze_rings_the_alarm_once():
+    notes = Notes()
+    with pytest.warns(RuntimeWarning, match="reward/motion/static: 20% of the videos") as said:
+        filmed(until=6, tracker=notes).run()
+    assert len(said) == 1
+    assert [notes.metrics[i]["reward/motion/static"] for i in range(10)] == [0.0] * 6 + [1.0] * 4
+    assert [notes.metrics[i]["health/static_alarm"] for i in range(10)] == [0.0] * 6 + [1.0] * 4
+
+
+@pytest.mark.parametrize(("until", "why"), [(99, "they move"), (0, "they never did")])
+def test_a_run_whose_clips_move_or_never_did_does_not(until, why, recwarn):
+    notes = Notes()
+    filmed(until, tracker=notes, iterations=7).run()
+    assert {m["health/static_alarm"] for m in notes.metrics.values()} == {0.0}, why
+    assert not [w for w in recwarn if "stand still" in str(w.message)]
+
+
+def test_the_alarm_rings_above_a_rise_of_a_tenth(recwarn):
+    alarm = StaticAlarm()
+    for share in (0.1, 0.3, 0.2, 0.2, 0.2):  # 0.2 in the mean
+        assert alarm({"reward/a/static": share, "heldout/static": 1.0}) == {"health/static_alarm": 0.0}
+    assert [alarm({"reward/a/static": 0.29})["health/static_alarm"] for _ in range(9)] == [0.0] * 9
+    assert [alarm({"reward/a/static": 0.32})["health/static_alarm"] for _ in range(5)] == [0, 1, 1, 1, 1]
+    assert alarm({"reward/a/static": 0.0})["health/static_alarm"] == 0  # 0.256 over five iterations
+    assert alarm({"reward/a": 0.0}) == {}
+    assert len([w for w in recwarn if "stand still" in str(w.message)]) == 1
+
+
+def test_the_alarm_goes_on_over_a_resume(tmp_path):
+    with pytest.warns(RuntimeWarning, match="stand still"):
+        filmed(until=6, iterations=7, run_dir=tmp_path).run()
+    notes = Notes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        filmed(until=0, iterations=9, run_dir=tmp_path, tracker=notes).run()
+    assert [notes.metrics[i]["health/static_alarm"] for i in (7, 8)] == [1.0, 1.0]
+    quiet = tmp_path / "quiet"
+    filmed(until=99, iterations=6, run_dir=quiet).run()
+    with pytest.warns(RuntimeWarning, match="stand still"):  # the first iterations are those before it
+        filmed(until=0, iterations=7, run_dir=quiet).run()
 
 
 # The trust region and rounding
