@@ -7,8 +7,11 @@ import io
 import json
 import random
 import re
+import runpy
+import sys
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,6 +46,8 @@ from mmalign.rewardmodels.harness_evolution import (
 )
 from mmalign.rewardmodels.lab_plan import ExactJudge
 from mmalign.testing import check_reward, prompts_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(scene):
@@ -386,6 +391,33 @@ def test_the_library_evolves_where_held_out_pairs_get_better(comparisons):
     rejected = [step for step in found.steps if not step.accepted and step.what != "prune"]
     assert rejected
     assert all(step.after <= step.before for step in rejected)
+
+
+def test_the_script_writes_the_library_and_its_steps(comparisons, tmp_path, monkeypatch, capsys):
+    file, out = Path(comparisons[0].source).parent / "comparisons.jsonl", tmp_path / "library.json"
+    helpful = f'[{{"do": "write", "name": "rest", "text": "{HEED.text}", "words": []}}]'
+    asked = []
+
+    def opened(kind, model, url, answers):
+        asked.append((kind, model, url))
+        return Careless() if model == "judge" else Proposer(helpful)
+
+    script = runpy.run_path(str(ROOT / "scripts/evolve_judge.py"))["main"]
+    monkeypatch.setitem(script.__globals__, "open_client", opened)
+    words = ["--comparisons", file, "--out", out, "--model", "judge", "--url", "http://judge/v1", "--writer",
+             "http://writer/v1", "--writer-model", "writer", "--rounds", 1]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evolve_judge.py", *map(str, words)])
+    script()
+    assert asked == [("endpoint", "judge", "http://judge/v1"), ("endpoint", "writer", "http://writer/v1")]
+    assert Library.read(out) == Library((HEED,))
+    steps = json.loads((tmp_path / "library.steps.json").read_text())
+    assert [step["what"] for step in steps if step["accepted"]] == ["skills"]
+    said = capsys.readouterr().out
+    assert re.search(r"^round \d, skills: pairs 0\.667 -> 1\.000, kept$", said, re.MULTILINE)
+    assert said.endswith("set aside: pairs 0.667 -> 1.000, whole comparisons 0.000 -> 1.000; 1 entries\n")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--start", str(tmp_path / "absent.json")])
+    with pytest.raises(SystemExit, match=r"error: .*absent"):
+        script()
 
 
 def test_the_writer_never_sees_what_was_set_aside(comparisons):
