@@ -3,12 +3,15 @@
     python scripts/artifacts.py make --out runs/artifacts/train --count 4000
     python scripts/artifacts.py make --out runs/artifacts/test --count 800 --split heldout --unseen --seed 1
     python scripts/artifacts.py make --out runs/artifacts/own --clean PICTURES --damaged BAD_ROLLOUTS
+    python scripts/artifacts.py make --out runs/artifacts/drawn --model FOLDER --prompts FILE
     python scripts/artifacts.py train --data runs/artifacts/train --tower assets/lab/dino --out runs/detector
     python scripts/artifacts.py evaluate --detector runs/detector --data runs/artifacts/test
 
 `make` takes artifact-free pictures from --clean (a folder: references, or rollouts of a generator that
 somebody looked through), or draws scenes of the lab in all their styles; beside each it puts one that is
-damaged in a known way at a known place. Pictures in --damaged go in as they are, as artifacts.
+damaged in a known way at a known place. Pictures in --damaged go in as they are, as artifacts. With --model
+a generator draws: each picture in many steps, as artifact-free, and from the same noise in few, as artifacts.
+Nobody looks whether they are: choose steps whose pictures you have seen.
 """
 
 from __future__ import annotations
@@ -24,13 +27,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from mmalign.contracts import PolicySettings
+from mmalign.data import read_prompts
+from mmalign.evaluation import batches, repeat, spread
 from mmalign.lab import compose, render, sample_task
 from mmalign.lab.corruptions import SEEN, UNSEEN, corrupt
 from mmalign.lab.render import STYLES
 from mmalign.pictures import STILLS, open_picture
+from mmalign.pipelines import load
+from mmalign.pipelines.flow import FlowPolicy
 from mmalign.rewardmodels.artifact import Detector
 from mmalign.rewardmodels.artifact_training import (
     LABELS,
@@ -40,6 +49,10 @@ from mmalign.rewardmodels.artifact_training import (
     table,
     train_detector,
 )
+from mmalign.rewardmodels.vlm_score import picture_of
+from mmalign.sde import Noise
+
+FEW = "few_steps"  # the kind of damage that a draw of few steps has
 
 
 def arguments() -> argparse.Namespace:
@@ -48,9 +61,17 @@ def arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     part = commands.add_parser("make", help="labeled pictures")
     part.add_argument("--out", type=Path, required=True, help="folder that is written")
-    part.add_argument(
+    source = part.add_mutually_exclusive_group()
+    source.add_argument(
         "--clean", type=Path, help="folder of artifact-free pictures; without, the lab's scenes"
     )
+    source.add_argument("--model", help="folder or hub id of a flow pipeline that draws the pictures")
+    part.add_argument("--prompts", type=Path, help="that --model draws, .txt or .jsonl")
+    part.add_argument("--clean-steps", type=int, default=40, help="of an artifact-free draw (40)")
+    part.add_argument("--damaged-steps", type=int, default=4, help="of a draw with artifacts (4)")
+    part.add_argument("--guidance", type=float, default=1.0, help="of --model's draws (1: none)")
+    part.add_argument("--max-sequence-length", type=int, default=256, help="tokens of a T5 of --model (256)")
+    part.add_argument("--batch", type=int, default=16, help="pictures of --model at once (16)")
     part.add_argument("--damaged", type=Path, help="folder of pictures with artifacts, of unknown place")
     part.add_argument("--count", type=int, default=2000, help="of artifact-free pictures (2000)")
     part.add_argument("--size", type=int, default=64, help="pixels a side (64)")
@@ -83,6 +104,36 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def drawn(options: argparse.Namespace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A model's draws of many and of few steps from the same noise, [S, S, 3] in [0, 1] each."""
+    if options.prompts is None:
+        raise ValueError("--model needs --prompts, a file of what it is to draw")
+    if not 0 < options.damaged_steps < options.clean_steps:
+        raise ValueError(
+            "--damaged-steps must lie between 1 and --clean-steps, got "
+            f"{options.damaged_steps} and {options.clean_steps}"
+        )
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    settings = PolicySettings(
+        options.model, guidance=options.guidance, max_sequence_length=options.max_sequence_length
+    )
+    policy = load(settings, Noise(), device or "cpu")
+    if not isinstance(policy, FlowPolicy):
+        raise ValueError(f"--model {options.model} writes texts, and pictures are needed")
+    prompts = read_prompts(options.prompts)
+    places = spread(len(prompts), min(options.count, len(prompts)))
+    asked, key = repeat(prompts, places, -(-options.count // len(places))), (options.seed, "artifacts")
+    for rows in batches(options.count, options.batch):
+        many, few = (
+            policy.images(asked.take(rows), steps, key).float().cpu()
+            for steps in (options.clean_steps, options.damaged_steps)
+        )
+        if many.ndim != 4:
+            raise ValueError(f"--model {options.model} draws videos, and pictures are needed")
+        for one, other in zip(many, few, strict=True):
+            yield brought_to(picture_of(one), options.size), brought_to(picture_of(other), options.size)
+
+
 def clean_pictures(options: argparse.Namespace) -> Iterator[np.ndarray]:
     """Artifact-free pictures [S, S, 3] in [0, 1]."""
     if options.clean is None:
@@ -103,9 +154,12 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def fitted(file: Path, size: int) -> np.ndarray:
-    from PIL import ImageOps
+    return brought_to(open_picture(file), size)
 
-    return np.asarray(ImageOps.fit(open_picture(file), (size, size), Image.Resampling.BICUBIC)) / 255
+
+def brought_to(picture: Image.Image, size: int) -> np.ndarray:
+    """The middle square of a picture, [size, size, 3] in [0, 1]."""
+    return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)) / 255
 
 
 def make(options: argparse.Namespace) -> None:
@@ -123,9 +177,12 @@ def make(options: argparse.Namespace) -> None:
         return name
 
     with open(options.out / LABELS, "w") as labels:
-        for picture in tqdm(clean_pictures(options), "make", total=options.count):
+        pairs = drawn(options) if options.model else ((picture, None) for picture in clean_pictures(options))
+        for place, (picture, rough) in enumerate(tqdm(pairs, "make", total=options.count)):
             write(picture, artifact=False)
-            kind = kinds[number // 2 % len(kinds)]
+            if rough is not None:
+                write(rough, artifact=True, kind=FEW)
+            kind = kinds[place % len(kinds)]
             found = corrupt(picture, kind, draws)
             mask = f"{number + 1:06d}_mask.png"
             Image.fromarray(found.mask).save(options.out / mask)

@@ -6,11 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch.testing import assert_close
 
+from mmalign.contracts import PolicySettings
 from mmalign.lab.corruptions import SEEN, UNSEEN
+from mmalign.pipelines import load
 from mmalign.rewardmodels.artifact import Detector
 from mmalign.rewardmodels.artifact_training import read_labeled
+from mmalign.sde import Noise
+from mmalign.testing import prompts_of, tiny_sd3
 
 sys.path.insert(0, str(Path(__file__).parent / "pipelines"))
 sys.path.insert(0, str(Path(__file__).parent / "rewardmodels"))
@@ -63,6 +69,27 @@ def test_own_pictures_are_labeled_by_their_folder(script):
     Path("empty").mkdir()
     with pytest.raises(SystemExit, match="error: empty holds no pictures"):
         script("artifacts.py", "make", "--out", "other", "--clean", "empty")
+
+
+def test_a_model_draws_its_own_damage_in_few_steps_from_the_same_noise(script):
+    folder = tiny_sd3(Path("sd3").absolute())
+    Path("prompts.txt").write_text("a red cat\ntwo blue dogs\n")
+    command = ("artifacts.py", "make", "--out", "set", "--model", folder, "--prompts", "prompts.txt")
+    more = ("--size", 32, "--max-sequence-length", 12, "--damaged-steps", 1, "--batch", 3)
+    script(*command, *more, "--count", 4, "--clean-steps", 5)
+    rows = [json.loads(line) for line in Path("set/labels.jsonl").read_text().splitlines()]
+    assert [row.get("kind") for row in rows[:6]] == [None, "few_steps", SEEN[0], None, "few_steps", SEEN[1]]
+    assert len(rows) == 12
+    data = read_labeled(Path("set"))
+    policy = load(PolicySettings(str(folder), max_sequence_length=12), Noise())
+    prompts = prompts_of(["a red cat", "two blue dogs"], 2).take(torch.arange(4))
+    for first, steps in ((0, 5), (1, 1)):
+        found = (policy.images(prompts, steps, (0, "artifacts")) * 255).round()
+        assert_close(data.images[first::3].float(), found, atol=1.0, rtol=0)
+    with pytest.raises(SystemExit, match="--damaged-steps must lie between 1 and --clean-steps, got 1 and 1"):
+        script(*command, *more, "--clean-steps", 1)
+    with pytest.raises(SystemExit, match="--model needs --prompts"):
+        script(*command[:-2], *more)
 
 
 def test_a_question_is_searched_with_a_model_and_a_writer(script, serve, monkeypatch, capsys):  # noqa: F811
