@@ -12,7 +12,9 @@ import torch
 import yaml
 from torch import nn
 
-KEPT_WHOLE = 32  # elements up to which ZeRO-3 may keep a parameter gathered; the tiny network has both kinds
+KEPT_WHOLE = (
+    32  # elements up to which ZeRO-3 may keep a parameter gathered: some of the tiny SD3, and not its LoRA
+)
 LIMIT = 0.5
 
 
@@ -56,7 +58,7 @@ def train(stage: int, settings: list[str]) -> int:
         assert trainer.distributed.kind == "deepspeed"
         parameters = list(trainer.policy.module.parameters())
         if stage == 3:
-            assert {p.ds_persist for p in parameters} == {True, False}
+            assert not all(p.ds_persist for p in parameters if p.requires_grad)
             assert sum(p.ds_tensor.numel() for p in parameters) < 0.7 * sum(p.ds_numel for p in parameters)
             assert all(p.numel() == 0 for p in parameters)
 
