@@ -264,11 +264,11 @@ def _lines() -> Iterator[str]:
     for pipeline, (models, task, particular) in MODELS.items():
         module, _, name = ADAPTERS[pipeline].partition(":")
         adapter = f"`{module.replace('mmalign.', '').replace('.', '/')}.py` {name}"
-        test = {"sd": "test_sd", "sd3": "test_sd3"}.get(module.rpartition(".")[2], "test_families")
+        own = {"sd": ", `test_sd.py`", "sd3": ", `test_sd3.py`"}.get(module.rpartition(".")[2], "")
         recipes = ", ".join(f"`{recipe}`" for recipe in RECIPES.get(pipeline, ()))
         yield (
-            f"| {models} | {task} | `{pipeline}` | {adapter} | {particular} | `tests/pipelines/{test}.py` "
-            f"| {recipes or '–'} |"
+            f"| {models} | {task} | `{pipeline}` | {adapter} | {particular} "
+            f"| `tests/pipelines/test_families.py`{own} | {recipes or '–'} |"
         )
     yield from ("", "Text-to-image pipelines of diffusers 0.42 without an adapter, and why:", "")
     for reason, pipelines in ABSENT.items():

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines.family import pack
-from mmalign.testing import DIFFUSION, WORDS, _clip_config, _clip_tokenizer, _t5_tokenizer, _unet, _vae
+from mmalign.testing import (
+    DIFFUSION,
+    WORDS,
+    _clip_config,
+    _clip_tokenizer,
+    _t5_tokenizer,
+    _unet,
+    _vae,
+    tiny_sd,
+    tiny_sd3,
+    tiny_sdxl,
+)
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,29 @@ def flow(**given: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**given)
+
+
+# ---- Stable Diffusion
+
+
+def written(kind: str, write: Callable[..., Path], **given: Any) -> Any:
+    """What `write` of `mmalign.testing` puts into a folder."""
+    import diffusers
+
+    with TemporaryDirectory() as home:
+        return getattr(diffusers, kind).from_pretrained(write(Path(home), **given))
+
+
+def sd(prediction: str = "epsilon") -> Any:
+    return written("StableDiffusionPipeline", tiny_sd, prediction=prediction)
+
+
+def sdxl(prediction: str = "epsilon") -> Any:
+    return written("StableDiffusionXLPipeline", tiny_sdxl, prediction=prediction)
+
+
+def call_rescaled(settings: PolicySettings) -> dict[str, Any]:
+    return {"guidance_scale": settings.guidance, "guidance_rescale": settings.guidance_rescale}
 
 
 # ---- FLUX.1 and Chroma
@@ -1916,6 +1950,24 @@ def keep_size(pipeline: Any, settings: PolicySettings) -> None:
 
 
 FAMILIES = {
+    "StableDiffusion3Pipeline": Row(lambda: written("StableDiffusion3Pipeline", tiny_sd3), call_scale),
+    "StableDiffusionPipeline": Row(
+        sd, call_rescaled, {"guidance_rescale": 0.7}, takes_length=False, prepare=by_ddim
+    ),
+    "StableDiffusionPipeline of v": Row(
+        lambda: sd("v_prediction"), call_scale, takes_length=False, prepare=by_ddim
+    ),
+    "StableDiffusionXLPipeline": Row(
+        sdxl,
+        call_rescaled,
+        {"guidance_rescale": 0.7},
+        own_negative=True,  # zeros
+        takes_length=False,
+        prepare=by_ddim,
+    ),
+    "StableDiffusionXLPipeline of v": Row(
+        lambda: sdxl("v_prediction"), call_scale, own_negative=True, takes_length=False, prepare=by_ddim
+    ),
     "FluxPipeline": Row(flux, call_flux, latents=pack),
     "FluxPipeline without guidance": Row(lambda: flux(guidance=False), call_flux, latents=pack),
     "FluxKontextPipeline": Row(

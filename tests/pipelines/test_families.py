@@ -183,6 +183,8 @@ QUICK = {
     "QwenImageEditPipeline",
     "QwenImagePipeline",
     "SanaPipeline",
+    "StableDiffusion3Pipeline",
+    "StableDiffusionXLPipeline",
     "WanImageToVideoPipeline",
     "WanPipeline",
     "ZImagePipeline",
@@ -219,7 +221,7 @@ def test_a_step_of_training_changes_the_lora_alone_and_diffusers_loads_it(world,
         found.run()
         (metrics,) = found.tracker.metrics.values()
         if isinstance(method, FlowGRPO):
-            assert abs(metrics["ratio"] - 1) < 1e-5
+            assert metrics["log_ratio_max"] < 1e-5  # the largest of either sign
         moved = {n for n, p in policy.module.named_parameters() if not torch.equal(p, before[n])}
         assert moved
         assert all(".lora_" in n for n in moved)
@@ -279,8 +281,7 @@ def test_a_family_tells_what_actions_were_taken_in(world, name):
 
 def test_every_adapter_has_a_row():
     tested = {name.partition(" ")[0] for name in FAMILIES}
-    elsewhere = {"StableDiffusion3Pipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline"}
-    assert tested | elsewhere == set(ADAPTERS)
+    assert tested == set(ADAPTERS)
 
 
 def test_the_page_on_models_is_current():
@@ -330,6 +331,7 @@ UNSHIFTED = [
     name
     for name in FAMILIES
     if name.startswith(("CogVideoX", "CogView3", "HunyuanDiT", "Kandinsky3", "Kolors", "LDM", "PixArt"))
+    or name.startswith(("StableDiffusionPipeline", "StableDiffusionXL"))
 ]
 
 

@@ -1,4 +1,4 @@
-"""Models that predict noise are policies like any other, equal to their own pipelines number for number."""
+"""What is particular to models that predict noise: times, tables, DDIM; the rest is in test_families.py."""
 
 import copy
 import json
@@ -16,17 +16,15 @@ from torch.testing import assert_close
 from toys import Brightness, initial
 
 from mmalign.algorithms.ddpo import DDPO
-from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.draft import DRaFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
-from mmalign.algorithms.flow_grpo_fast import FlowGRPOFast
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import load
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.pipelines.sd import StableDiffusion, StableDiffusionXL
 from mmalign.randomness import generator, normals
-from mmalign.records import Minibatch, Pick, Plan, Renoise
+from mmalign.records import Minibatch, Pick, Plan
 from mmalign.rewardmodels.lab_colors import LabColors
 from mmalign.scoring import Scorer
 from mmalign.sde import Noise
@@ -114,23 +112,6 @@ def stir(policy) -> None:
 
 
 # ---- parity
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("guidance", "negative"), [(1.0, ""), (5.0, ""), (5.0, "a white square")])
-def test_images_equal_those_of_the_plain_pipeline(make, plain, kind, guidance, negative):
-    ours, theirs = both(make(kind, guidance=guidance, negative_prompt=negative), plain(kind))
-    assert ours.shape == (2, 3, 32, 32)
-    assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert (ours[0] - ours[1]).abs().max() > 0.05
-
-
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_guidance_is_rescaled_as_in_the_plain_pipeline(make, plain, kind):
-    policy = make(kind, guidance=5.0, guidance_rescale=0.7)
-    ours, theirs = both(policy, plain(kind), guidance_rescale=0.7)
-    assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert (ours - both(policy, plain(kind))[1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -283,19 +264,6 @@ def test_half_precision_runs_and_stores_fp32(make, kind, precision):
 # ---- files
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_saved_lora_does_the_same_in_plain_diffusers(make, plain, kind, tmp_path):
-    policy, pipeline = make(kind, guidance=2.0), plain(kind)
-    base = both(policy, pipeline)[1]
-    stir(policy)
-    policy.save(tmp_path / "lora")
-    pipeline.load_lora_weights(tmp_path / "lora")
-    ours, theirs = both(policy, pipeline)
-    assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert (ours - base).abs().max() > 1e-3
-    assert [file.name for file in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
-
-
 def test_saved_full_weights_do_the_same_in_plain_diffusers(make, plain, tmp_path):
     policy = make("sd", lora=LoraSettings(rank=0))
     stir(policy)
@@ -327,24 +295,23 @@ def test_loading_gives_back_what_was_saved(make, tmp_path, rank):
         DDPO(steps=4, clip=1e-2),
         DDPO(steps=4, clip=None, kl=0.01),
         FlowGRPO(steps=4, clip=1e-2, kl=0.01, noise=Noise("ddim", 1.0)),
-        FlowGRPOFast(steps=6, clip=1e-2, noise=Noise("flow", 0.7)),
-        DiffusionNFT(steps=3, renoise=Renoise(2)),
     ],
     ids=lambda method: type(method).__name__,
 )
-def test_methods_train_it(make, kind, method):
+def test_methods_train_its_lora_alone_by_steps_of_ddim(make, kind, method):
     algorithm = method.build({"brightness": 1.0})
     policy = make(kind, algorithm.noise)
-    before = [p.detach().clone() for p in policy.module.parameters() if p.requires_grad]
+    before = {n: p.detach().clone() for n, p in policy.module.named_parameters()}
     prompts = PromptSource([Prompt(text) for text in TEXTS], 2, 3, 0)
     settings = TrainingSettings(iterations=2, learning_rate=1e-3, batch=6, updates=1)
     found = Trainer(policy, algorithm, Scorer([Brightness()]), prompts, settings)
     metrics = found.step(0)
     assert metrics["grad_norm"] > 0
-    if "ratio_max" in metrics:
-        assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
+    if "log_ratio_max" in metrics:
+        assert metrics["log_ratio_max"] < 1e-5
     found.step(1)
-    assert any(not torch.equal(a, b) for a, b in zip(before, found.learner.parameters, strict=True))
+    moved = {n for n, p in policy.module.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if ".lora_" in n}
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl, v"])

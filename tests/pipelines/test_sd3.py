@@ -1,4 +1,4 @@
-"""The SD3 adapter is `StableDiffusion3Pipeline`, number for number; bad models are refused in plain words."""
+"""What SD3 has besides its row in test_families.py; bad models are refused in plain words."""
 
 import json
 from pathlib import Path
@@ -44,32 +44,6 @@ def both(policy, pipeline, texts=TEXTS, steps=5, **call) -> tuple[torch.Tensor, 
         **call,
     ).images
     return policy.images(prompts, steps, KEY), theirs
-
-
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
-@pytest.mark.parametrize("negative", ["", "a white square"])
-def test_images_equal_those_of_the_plain_pipeline(make, tiny, guidance, negative):
-    ours, theirs = both(make(guidance=guidance, negative_prompt=negative), plain(tiny))
-    assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert (ours[0] - ours[1]).abs().max() > 0.1
-
-
-def test_with_a_shift_images_are_those_of_a_scheduler_of_that_shift(tiny):
-    """Which shifts the last of its even times as well, so that the schedule is not that of even times."""
-    pipeline = plain(tiny)
-    own = pipeline.scheduler
-    pipeline.scheduler = type(own).from_config(own.config, shift=7.0)
-    policy = load(settings_of(tiny, shift=7.0), Noise())
-    ours, theirs = both(policy, pipeline)
-    assert_close(ours, theirs, atol=1e-5, rtol=0)
-    usual = load(settings_of(tiny), Noise()).adapter.sigmas(5, policy.shape)
-    assert (policy.adapter.sigmas(5, policy.shape) - usual).abs().max() > 0.02
-
-
-def test_images_are_equal_away_from_the_square(make, tiny):
-    ours, theirs = both(make(guidance=3.0, height=48, width=32), plain(tiny))
-    assert ours.shape == (2, 3, 48, 32)
-    assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
@@ -179,18 +153,6 @@ def stir(policy) -> None:
                 p.add_(0.1 * torch.randn(p.shape, generator=draw))
 
 
-def test_a_saved_lora_does_the_same_in_plain_diffusers(make, tiny, tmp_path):
-    policy, pipeline = make(guidance=2.0), plain(tiny)
-    base = both(policy, pipeline)[1]
-    stir(policy)
-    policy.save(tmp_path / "lora")
-    pipeline.load_lora_weights(tmp_path / "lora")
-    ours, theirs = both(policy, pipeline)
-    assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert (ours - base).abs().max() > 1e-2
-    assert [file.name for file in (tmp_path / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
-
-
 def test_saved_full_weights_do_the_same_in_plain_diffusers(make, tiny, tmp_path):
     policy = make(lora=LoraSettings(rank=0))
     stir(policy)
@@ -206,6 +168,8 @@ def test_loading_gives_back_what_was_saved(make, tmp_path, rank):
     policy = make(lora=LoraSettings(rank, 6))
     stir(policy)
     policy.save(tmp_path)
+    written = "pytorch_lora_weights.safetensors" if rank else "transformer"
+    assert [file.name for file in tmp_path.iterdir()] == [written]
     other = make(lora=LoraSettings(rank, 6), seed=1)
     other.copies.save("reference")
     other.load(tmp_path)
