@@ -178,9 +178,9 @@ RECIPES = {
 }
 
 # Text-to-image pipelines of diffusers 0.42 that cannot be trained here, and why.
-# Those of a model above with a further input or another guidance (ControlNet, PAG, ...) are left out.
 ABSENT = {
-    "consistency models, which predict the end of the way at once: a step of theirs is none of an ODE": (
+    "consistency models, whose steps draw noise anew, so that there is no sample of an ODE to prove an "
+    "adapter against": (
         "LatentConsistencyModelPipeline",
         "SanaSprintPipeline",
     ),
@@ -193,6 +193,14 @@ ABSENT = {
         "StableUnCLIPPipeline",
         "UnCLIPPipeline",
     ),
+    "parts of those": (
+        "KandinskyPipeline",
+        "KandinskyPriorPipeline",
+        "KandinskyV22PriorPipeline",
+        "StableCascadeDecoderPipeline",
+        "WuerstchenDecoderPipeline",
+        "WuerstchenPriorPipeline",
+    ),
     "tokens of the picture are drawn, before its latent or in its place": (
         "GlmImagePipeline",
         "AmusedPipeline",
@@ -200,6 +208,54 @@ ABSENT = {
     ),
     "it cannot be made without cosmos_guardrail, which mmalign does not ask for": (
         "Cosmos2TextToImagePipeline",
+    ),
+    "Stable Diffusion with another sampler, guidance, text encoder or further inputs or outputs; only its "
+    "plain pipeline is adapted": (
+        "AltDiffusionPipeline",
+        "BlipDiffusionPipeline",
+        "SemanticStableDiffusionPipeline",
+        "StableDiffusionAttendAndExcitePipeline",
+        "StableDiffusionGLIGENPipeline",
+        "StableDiffusionGLIGENTextImagePipeline",
+        "StableDiffusionLDM3DPipeline",
+        "StableDiffusionModelEditingPipeline",
+        "StableDiffusionPanoramaPipeline",
+        "StableDiffusionParadigmsPipeline",
+        "StableDiffusionPipelineSafe",
+        "StableDiffusionPix2PixZeroPipeline",
+        "StableDiffusionSAGPipeline",
+        "VersatileDiffusionTextToImagePipeline",
+    ),
+    "networks in ONNX, which have no gradients": (
+        "OnnxStableDiffusionPipeline",
+        "StableDiffusionOnnxPipeline",
+    ),
+    "models above under perturbed attention guidance (PAG), which no adapter has": (
+        "HunyuanDiTPAGPipeline",
+        "KolorsPAGPipeline",
+        "PixArtSigmaPAGPipeline",
+        "SanaPAGPipeline",
+        "StableDiffusion3PAGPipeline",
+        "StableDiffusionPAGPipeline",
+        "StableDiffusionXLPAGPipeline",
+    ),
+    "models above that see a control picture as well (and PAG), of which no adapter knows": (
+        "CogView4ControlPipeline",
+        "FluxControlNetPipeline",
+        "FluxControlPipeline",
+        "QwenImageControlNetPipeline",
+        "StableDiffusion3ControlNetPipeline",
+        "StableDiffusionControlNetPAGPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionXLControlNetPAGPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "ZImageControlNetInpaintPipeline",
+        "ZImageControlNetPipeline",
+    ),
+    "videos drawn chunk by chunk, each after those before it, and a policy draws at once": (
+        "HeliosPipeline",
+        "HeliosPyramidPipeline",
     ),
 }
 

@@ -1,10 +1,12 @@
 """Every adapter is its diffusers pipeline, number for number, and trains as a LoRA that diffusers loads."""
 
 import copy
+import importlib.util
 import inspect
 import json
 import math
 import re
+import statistics
 import sys
 import types
 from dataclasses import replace
@@ -290,19 +292,64 @@ def test_the_page_on_models_is_current():
     assert page.read_text() == catalog.markdown()
 
 
+# Pipelines of diffusers 0.42 that take a prompt and no picture, and draw none.
+OTHER_MEDIA = {
+    "sound": (
+        *("AceStepPipeline", "AudioLDM2Pipeline", "AudioLDMPipeline", "LongCatAudioDiTPipeline"),
+        *("MusicLDMPipeline", "StableAudioPipeline", "StableAudio3Pipeline"),
+        *("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline"),
+    ),
+    "video": (
+        *("AllegroPipeline", "AnimateDiffControlNetPipeline", "AnimateDiffPAGPipeline"),
+        *("AnimateDiffPipeline", "AnimateDiffSDXLPipeline", "AnimateDiffSparseControlNetPipeline"),
+        *("Cosmos2_5_TransferPipeline", "CosmosTextToWorldPipeline", "EasyAnimatePipeline"),
+        *("Kandinsky5T2VPipeline", "LTX2ConditionPipeline", "LTX2DFRPipeline"),
+        *("LTX2DFRTemporalRefinePipeline", "LTX2HDRPipeline", "LTX2InContextPipeline"),
+        *("LattePipeline", "MochiPipeline", "MotifVideoPipeline", "SanaVideoPipeline"),
+        *("SkyReelsV2DiffusionForcingPipeline", "SkyReelsV2Pipeline", "TextToVideoSDPipeline"),
+        *("TextToVideoZeroPipeline", "TextToVideoZeroSDXLPipeline"),
+    ),
+    "3D": ("ShapEPipeline",),
+    "text": ("LLaDA2Pipeline",),
+}
+
+
+def takes_a_prompt_alone(kind: type) -> bool:
+    """Among what a call of this pipeline takes is a prompt, and no picture, mask or video."""
+    given = set(inspect.signature(kind.__call__).parameters) - {"ip_adapter_image"}
+    return "prompt" in given and not any(re.search("(^|_)(images?|video)$", name) for name in given)
+
+
 def test_every_text_to_image_pipeline_has_an_adapter_or_a_reason():
     import diffusers
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
     if not diffusers.__version__.startswith("0.42."):
         pytest.skip("the page speaks of diffusers 0.42")
-    absent = [name for names in catalog.ABSENT.values() for name in names]
-    assert len(set(absent)) == len(absent)
-    assert all(hasattr(diffusers, name) for name in absent)
-    assert not set(absent) & set(ADAPTERS)
-    known = {kind.__name__ for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
-    variants = {name for name in known if re.search("Control|PAG|Helios", name)}
-    assert known - variants <= set(absent) | set(ADAPTERS)
+    absent, other = (
+        [n for names in lists.values() for n in names] for lists in (catalog.ABSENT, OTHER_MEDIA)
+    )
+    told = absent + other
+    assert len(set(told)) == len(told)
+    assert all(hasattr(diffusers, name) for name in told)
+    assert not set(told) & set(ADAPTERS)
+    exported = {
+        name: getattr(diffusers, name) for name in dir(diffusers) if re.search("Pipeline(Safe)?$", name)
+    }
+    prompted = {
+        name
+        for name, kind in exported.items()
+        if issubclass(kind, diffusers.DiffusionPipeline) and takes_a_prompt_alone(kind)
+    }
+    assert len(prompted) > 80
+    known = {kind.__name__ for kind in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()} | prompted
+    assert known <= set(told) | set(ADAPTERS)
+
+
+def test_most_adapters_are_short_files():
+    files = {importlib.util.find_spec(place.partition(":")[0]).origin for place in ADAPTERS.values()}
+    assert len(files) > 30
+    assert statistics.median(len(Path(file).read_text().splitlines()) for file in files) <= 150
 
 
 def test_cosmos2_cannot_be_made_without_its_guard():
