@@ -345,6 +345,9 @@ class PolicySettings:
     # its frames, evenly over its length; null: all of them.
     frames: int | None = None
     guidance: float = 1.0  # classifier-free guidance in sampling and training; 1 is off and halves the cost
+    # Guidance of the second expert (Wan 2.2 A14B), which draws at low noise, as `guidance_scale_2` of its
+    # pipeline; null: as the first, and nothing where `guidance` is 1.
+    low_noise_guidance: float | None = None
     negative_prompt: str = ""  # what guidance leads away from
     # What a guidance-distilled model (FLUX, HunyuanVideo) is told its guidance is, at no cost; null: what its
     # pipeline has by default. Its true classifier-free guidance is `guidance`.
@@ -353,7 +356,8 @@ class PolicySettings:
     # model's scheduler; set it there as well in what is done with the model later. Raise it for more steps at
     # high noise, as larger media need them; null: the model's own, which may depend on the size.
     shift: float | None = None
-    # 0 to 1: how far guided predictions are brought back to the size of unguided ones (SD, SDXL); raise
+    # 0 to 1: how far guided predictions are brought back to the size of unguided ones (SD, SDXL, HunyuanDiT,
+    # LTX-Video); raise
     # it where guidance over-exposes.
     guidance_rescale: float = 0.0
     max_sequence_length: int = 256  # tokens of the T5 encoder, where the family has one

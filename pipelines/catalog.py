@@ -135,15 +135,24 @@ MODELS = {
         "text to image",
         "a mixture of experts; any size; Dev and Fast step as `noise: {kind: cps, level: 1}`",
     ),
-    "WanPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "text to video", "both experts are trained"),
+    "WanPipeline": (
+        "Wan 2.1, 2.2 (5B, A14B)",
+        "text to video",
+        "both experts are trained, each with its guidance",
+    ),
     "WanImageToVideoPipeline": ("Wan 2.1, 2.2 (5B, A14B)", "image to video", "one source picture"),
     "LTXPipeline": ("LTX-Video", "text to video", "clean latents are decoded"),
     "LTXImageToVideoPipeline": ("LTX-Video", "image to video", "one source picture"),
-    "LTX2Pipeline": ("LTX-2", "text to video", "draws its sound with it; rewards see the video"),
+    "LTX2Pipeline": (
+        "LTX-2",
+        "text to video",
+        "its sound is drawn and trained with it, and not decoded; one guidance for both: the pipeline's own "
+        "for the sound, its rescaling, its guidance across modalities and STG are off",
+    ),
     "LTX2ImageToVideoPipeline": (
         "LTX-2",
         "image to video",
-        "one source picture, compressed as its videos were (`mmalign[video]`)",
+        "one source picture, compressed as its videos were (`mmalign[video]`); sound and guidance as above",
     ),
     "CogVideoXPipeline": ("CogVideoX, 1.5", "text to video", "predicts v; sampled by DDIM"),
     "CogVideoXImageToVideoPipeline": ("CogVideoX, 1.5", "image to video", "one source picture"),

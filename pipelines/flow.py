@@ -151,9 +151,13 @@ class Experts(nn.Module):
             self.add_module(name, network)
         self.boundary = boundary
 
+    def early(self, timestep: Tensor) -> Tensor:
+        """Which times are those of the first network, [n] bool."""
+        return timestep >= self.boundary
+
     def forward(self, timestep: Tensor, **inputs: Tensor) -> tuple[Tensor]:
         """As the networks' own, with one timestep [n] a row; inputs: tensors [n, ...]."""
-        early = (timestep >= self.boundary).cpu()
+        early = self.early(timestep).cpu()
         parts, places = [], []
         for network, rows in zip(self.children(), (early, ~early), strict=True):
             if rows.any():
@@ -165,8 +169,11 @@ class Experts(nn.Module):
         return (torch.cat(parts)[back],)
 
 
-def guided(both: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance in fp32; both: velocities of the negative half, then of the positive half."""
+def guided(both: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance in fp32; both: velocities of the negative half, then of the positive half.
+
+    guidance: of all rows, or what broadcasts against one half.
+    """
     negative, positive = both.float().chunk(2)
     return negative + guidance * (positive - negative)
 
@@ -258,6 +265,11 @@ class FlowPolicy:
             raise ValueError(f"policy.lora.rank must be 0 (all weights) or more, got {settings.lora.rank}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least one network row, got {chunk}")
+        low = settings.low_noise_guidance
+        if low is not None and not isinstance(adapter.network, Experts):
+            raise ValueError(f"policy.low_noise_guidance must be null: this model has one network; got {low}")
+        if low is not None and low < 1:
+            raise ValueError(f"policy.low_noise_guidance must be 1 (off) or more, got {low}")
         self.adapter, self.settings, self.noise = adapter, settings, noise
         self.device, self.split, self.chunk = torch.device(device), split, chunk
         self.shape = adapter.latent_shape(settings.height, settings.width)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.contracts import PolicySettings
-from mmalign.pipelines.family import Standardized, VideoFamily, toward
-from mmalign.pipelines.flow import Condition
+from mmalign.pipelines.family import Standardized, VideoFamily, rescaled, toward
+from mmalign.pipelines.flow import Condition, guided
 
 FRAME_RATE = 25  # of a call of the pipeline; places in time are counted in seconds
 
@@ -22,6 +22,7 @@ class LTX(Standardized, VideoFamily):
 
     kind = "LTXPipeline"
     patch = 1
+    rescales = True
 
     def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
         super().__init__(settings, pipeline)
@@ -66,6 +67,9 @@ class LTX(Standardized, VideoFamily):
         )[0]
         return velocity.transpose(1, 2).reshape(x.shape)
 
+    def combine(self, both: Tensor, guidance: float) -> Tensor:
+        return rescaled(guided(both, guidance), both.chunk(2)[1], self.settings.guidance_rescale)
+
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         vae = self.pipeline.vae
         mean, std = (m.to(like).reshape(1, -1, 1, 1, 1) for m in (vae.latents_mean, vae.latents_std))
@@ -93,9 +97,21 @@ class LTXImageToVideo(LTX):
             raise ValueError(f"a video of LTX begins with one picture, got {len(pictures)} for {text!r}")
         return {**self.encode(text), "first": self.latents(pictures[:, None])[0][:, :1]}
 
+    def velocity(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        negative: Condition | None,
+        guidance: float,
+    ) -> Tensor:
+        # Guidance is rescaled by what the network says of all frames, the picture's as well.
+        found = super().velocity(network, x, sigma, condition, negative, guidance)
+        return toward(condition["first"], x, sigma, found)
+
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-        picture = condition["first"]
         time = (sigma * 1000).reshape(-1, 1, 1, 1).repeat(1, self.drawn, *x.shape[3:])
         time[:, 0] = 0
-        seen = torch.cat([picture.to(x.dtype), x[:, :, 1:]], 2)
-        return toward(picture, x, sigma, self.call(network, seen, sigma, time.flatten(1), condition))
+        seen = torch.cat([condition["first"].to(x.dtype), x[:, :, 1:]], 2)
+        return self.call(network, seen, sigma, time.flatten(1), condition)

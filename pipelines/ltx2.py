@@ -29,6 +29,10 @@ class LTX2(LTX):
     kind = "LTX2Pipeline"
 
     def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
+        if settings.guidance_rescale:
+            raise ValueError(
+                "policy.guidance_rescale must be 0: those of LTX-2, one for its sound, are not adapted"
+            )
         super().__init__(settings, pipeline)
         if self.pipeline.vae.config.timestep_conditioning:
             raise ValueError("policy.model: decoders of LTX-2 that are conditioned on a time are not known")

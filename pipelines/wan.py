@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines.family import Standardized, VideoFamily, read, schedule, toward
-from mmalign.pipelines.flow import Condition, Experts
+from mmalign.pipelines.flow import Condition, Experts, guided
 
 
 class Wan(Standardized, VideoFamily):
@@ -41,6 +41,23 @@ class Wan(Standardized, VideoFamily):
 
     def sigmas(self, steps: int, shape: Sequence[int]) -> Tensor:
         return schedule(self.pipeline.scheduler, steps, None, None)
+
+    def velocity(
+        self,
+        network: nn.Module,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Condition,
+        negative: Condition | None,
+        guidance: float,
+    ) -> Tensor:
+        low = self.settings.low_noise_guidance
+        if low is None or negative is None:
+            return super().velocity(network, x, sigma, condition, negative, guidance)
+        both = {name: torch.cat([negative[name], condition[name]]) for name in condition}
+        velocity = self.predict(network, torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+        early = cast(Experts, self.network).early(sigma * self.pipeline.scheduler.config.num_train_timesteps)
+        return guided(velocity, torch.where(early, guidance, low).reshape(-1, 1, 1, 1, 1))
 
     def predict(self, network: nn.Module, x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         time = sigma * self.pipeline.scheduler.config.num_train_timesteps

@@ -2012,7 +2012,12 @@ FAMILIES = {
     ),
     "WanPipeline": Row(wan, call_scale, frames=5),
     "WanPipeline 5B": Row(lambda: wan(expand_timesteps=True), call_scale, frames=5),
-    "WanPipeline A14B": Row(lambda: wan(experts=True), call_scale, frames=5),
+    "WanPipeline A14B": Row(
+        lambda: wan(experts=True),
+        lambda s: {"guidance_scale": s.guidance, "guidance_scale_2": s.low_noise_guidance},
+        {"low_noise_guidance": 2.0},
+        frames=5,
+    ),
     "WanImageToVideoPipeline": Row(
         lambda: wan("WanImageToVideoPipeline", 6, image_dim=16), call_scale, frames=5, sources=1
     ),
@@ -2143,10 +2148,13 @@ FAMILIES = {
         peft_lora=True,
         shown=lambda pictures: (pictures / 2 + 0.5).clamp(0, 1),
     ),
-    "LTXPipeline": Row(ltx, call_scale, size=(32, 64), frames=9, latents=by_token),
+    "LTXPipeline": Row(
+        ltx, call_rescaled, {"guidance_rescale": 0.7}, size=(32, 64), frames=9, latents=by_token
+    ),
     "LTXImageToVideoPipeline": Row(
         lambda: ltx("LTXImageToVideoPipeline", 1.0),  # its pipeline knows no factor when it encodes
-        call_scale,
+        call_rescaled,
+        {"guidance_rescale": 0.7},
         size=(32, 64),
         frames=9,
         latents=by_token,

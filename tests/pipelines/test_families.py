@@ -704,6 +704,17 @@ def test_pictures_given_to_a_model_of_transparent_ones_are_opaque(world):
         ("CogVideoXPipeline", {"max_sequence_length": 20}, "policy.max_sequence_length must be 16 for this"),
         ("KolorsPipeline", {"guidance_rescale": 0.5}, "policy.guidance_rescale must be 0: a KolorsPipeline"),
         ("CogVideoXPipeline", {"guidance_rescale": 0.5}, "policy.guidance_rescale must be 0: a CogVideoX"),
+        (
+            "WanPipeline",
+            {"low_noise_guidance": 2.0},
+            "policy.low_noise_guidance must be null: this model has one",
+        ),
+        (
+            "WanPipeline A14B",
+            {"low_noise_guidance": 0.5},
+            r"policy.low_noise_guidance must be 1 \(off\) or more",
+        ),
+        ("LTX2Pipeline", {"guidance_rescale": 0.5}, "policy.guidance_rescale must be 0: those of LTX-2"),
         ("CogVideoXPipeline", {"shift": 3.0}, "policy.shift must be null: CogVideoXDDIMScheduler, the sched"),
         ("FluxPipeline", {"shift": 0.0}, "policy.shift must be positive, got 0.0"),
         ("HiDreamImagePipeline", {"height": 256, "width": 128}, "this model has 256 places, .* takes 512"),
@@ -807,6 +818,22 @@ def test_the_sound_lies_behind_the_video_and_what_it_does_not_fill_has_no_veloci
     assert media.shape == (2, 9, 3, 32, 64)
     assert given.shape == x.shape
     assert not given[:, :, 3:].any()
+
+
+@pytest.mark.parametrize("name", ["LTX2Pipeline", "LTX2ImageToVideoPipeline"])
+def test_the_sound_of_a_sample_is_that_of_the_plain_pipeline(world, name, monkeypatch):
+    row, _, plain, files, _ = world(name)
+    audio, heard = plain.audio_vae, []
+    policy = policy_of(world, name, guidance=3.0)
+    decode = audio.decode
+    monkeypatch.setattr(audio, "decode", lambda z, **given: heard.append(z) or decode(z, **given))
+    theirs(policy, plain, row, files)
+    end = policy._roll_out(prompts_for(row, files), Plan(STEPS), KEY, 3.0).views[0].x
+    ours = policy.adapter.parted(end)[1] * audio.latents_std + audio.latents_mean
+    expected = heard[0].transpose(1, 2).flatten(2)  # [n, channels, length, bins] as tokens
+    assert expected.shape == (2, 9, 8)
+    assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert (ours[0] - ours[1]).abs().max() > 1e-1
 
 
 def test_the_experts_of_a_mixture_let_gradients_through(world):
