@@ -7,12 +7,14 @@ their numbers of parameters with the published ones.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +33,10 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 
 @dataclass(frozen=True)
 class Blueprint:
-    """parts: name -> (library, class, configuration), a scheduler among them; settings: of the pipeline."""
+    """parts: name -> (library, class, configuration), a scheduler among them; settings: of the pipeline.
+
+    A processor, which has no weights, has its folder for a configuration.
+    """
 
     pipeline: str
     parts: Mapping[str, tuple[str, str, Mapping[str, Any]]]
@@ -71,6 +76,9 @@ def _of_folder(folder: Path) -> Blueprint:
             settings[name] = entry
             continue
         library, kind = entry
+        if name == "processor" and (folder / name).is_dir():
+            parts[name] = (library, kind, {"folder": str(folder / name)})
+            continue
         files = [folder / name / file for file in ("config.json", "scheduler_config.json")]
         file = next((file for file in files if file.is_file()), None)
         if kind is not None and file is not None:
@@ -92,14 +100,23 @@ def build(blueprint: Blueprint) -> Any:
 
 
 def _part(library: str, name: str, config: Mapping[str, Any]) -> Any:
-    kind = getattr(importlib.import_module(library), name)
+    kind = getattr(_library(library), name)
+    if "Processor" in name:
+        return kind.from_pretrained(config["folder"])
     if "Scheduler" in name:
         return kind.from_config(dict(config))
     with META:
-        if library == "diffusers":
+        if not hasattr(kind, "config_class"):  # of diffusers
             return kind.from_config(dict(config)).eval()
         made: nn.Module = kind(kind.config_class.from_dict(dict(config)))
         return made.eval()
+
+
+def _library(name: str) -> Any:
+    """The package, or the folder of diffusers' own that classes of one family alone are kept in."""
+    from diffusers import pipelines
+
+    return importlib.import_module(f"diffusers.pipelines.{name}" if hasattr(pipelines, name) else name)
 
 
 def blank_policy(settings: PolicySettings, noise: Noise, split: Split = "whole") -> FlowPolicy:
@@ -118,7 +135,7 @@ def blank_policy(settings: PolicySettings, noise: Noise, split: Split = "whole")
             )
             nn.Module.to(network, torch.float32 if whole else frozen)
             # Models of transformers keep theirs (of T5 a fifth) in fp32 in fp16 alone.
-            if blueprint.parts[part][0] == "diffusers" or settings.precision == "fp16":
+            if blueprint.parts[part][0] != "transformers" or settings.precision == "fp16":
                 _keep(network)
     return FlowPolicy(adapter, settings, noise, META, split=split, chunk=settings.chunk)
 
@@ -131,10 +148,11 @@ def _keep(network: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def blank_text(policy: FlowPolicy) -> Condition:
+def blank_text(policy: FlowPolicy, pictures: int | None = None) -> Condition:
     """What the network would see of one text, on the meta device; ValueError for families without a pattern.
 
-    Lengths that the network reads as numbers stand on the CPU.
+    pictures: how many stand beside the text; None: one where the family needs some, else none. Lengths that
+    the network reads as numbers stand on the CPU.
     """
     adapter, dtype = policy.adapter, DTYPES[policy.settings.precision]
     kind = type(adapter.pipeline).__name__
@@ -142,21 +160,21 @@ def blank_text(policy: FlowPolicy) -> Condition:
         raise ValueError(
             f"policy.model: there is no plan for a {kind} yet, only for {', '.join(sorted(PATTERNS))}"
         )
-    length = policy.settings.max_sequence_length
-    found = {
+    count = int(getattr(adapter, "needs_pictures", False)) if pictures is None else pictures
+    found = PATTERNS[kind](adapter, policy.settings.max_sequence_length, count)
+    return {
         name: shape if isinstance(shape, torch.Tensor) else torch.empty(shape, device=META, dtype=dtype)
-        for name, shape in PATTERNS[kind](adapter, length).items()
+        for name, shape in found.items()
     }
-    if getattr(adapter, "needs_pictures", False):
-        found["pictures"] = torch.empty(1, *policy.shape, device=META)
-    return found
 
 
-Pattern = Callable[[Any, int], dict[str, "tuple[int, ...] | torch.Tensor"]]
+Seen = dict[str, "tuple[int, ...] | torch.Tensor"]
+Pattern = Callable[[Any, int, int], Seen]
+CPU = torch.device("cpu")
 
 
-def _all(length: int, device: torch.device = META) -> torch.Tensor:
-    return torch.ones(length, dtype=torch.bool, device=device)
+def _all(length: int, dtype: torch.dtype = torch.bool, device: torch.device = META) -> torch.Tensor:
+    return torch.ones(length, dtype=dtype, device=device)
 
 
 def _clip_length(adapter: Any) -> int:
@@ -164,31 +182,147 @@ def _clip_length(adapter: Any) -> int:
     return 77 if encoder is None else int(encoder.config.max_position_embeddings)
 
 
-# Pipeline -> what its adapter encodes of a text of so many tokens.
+def _latent(adapter: Any) -> tuple[int, ...]:
+    """[C, *place] of what the policy draws."""
+    settings = adapter.settings
+    return tuple(adapter.latent_shape(settings.height, settings.width))
+
+
+def _pictures(adapter: Any, count: int) -> Seen:
+    """Latents of pictures that stand beside the one that is drawn."""
+    return {"pictures": torch.empty(count, *_latent(adapter), device=META)} if count else {}
+
+
+def _first(adapter: Any, frames: int | None = 1, more: int = 0) -> Seen:
+    """The latent of a video's first picture; frames: None for all of the video; more: further channels."""
+    channels, all_frames, *place = _latent(adapter)
+    return {"first": torch.empty(channels + more, frames or all_frames, *place, device=META)}
+
+
+def _flux(a: Any, n: int, k: int) -> Seen:
+    return {"embeds": (n, a.config.joint_attention_dim), "pooled": (a.config.pooled_projection_dim,)}
+
+
+def _flux2(a: Any, n: int, k: int) -> Seen:
+    places = torch.empty(n, 4, dtype=torch.int64, device=META)
+    return {"embeds": (n, a.config.joint_attention_dim), "text_places": places, **_pictures(a, k)}
+
+
+class _Counting:
+    """In the place of a text encoder: its states have the tokens of the text, and no content."""
+
+    dtype = torch.float32
+
+    def __call__(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(hidden_states=[torch.zeros(*input_ids.shape, 1)])
+
+
+def _qwen_edit(a: Any, n: int, k: int) -> Seen:
+    """Tokens of the template and the pictures stand beside the text's; the processor counts them."""
+    if a.pipeline.processor is None:
+        raise ValueError(
+            f"policy.model: {a.settings.model} holds no processor, by which tokens of pictures are counted; "
+            "put its folder 'processor' beside the configurations"
+        )
+    sides = [side * a.scale for side in _latent(a)[1:]]
+    plain = copy.copy(a.pipeline)
+    vars(plain)["text_encoder"] = _Counting()
+    shown = [a.shown(torch.zeros(3, *sides)) for _ in range(k)]
+    around, _ = plain.encode_prompt([""], image=shown, device=CPU)
+    length = around.shape[1] + n
+    return {"embeds": (length, a.config.joint_attention_dim), "mask": _all(length), **_pictures(a, k)}
+
+
+def _wan(a: Any, n: int, k: int) -> Seen:
+    return {"embeds": (n, a.config.text_dim)}
+
+
+def _wan_image(a: Any, n: int, k: int) -> Seen:
+    if a.pipeline.config.expand_timesteps:
+        return {**_wan(a, n, k), **_first(a)}
+    seen = {**_wan(a, n, k), **_first(a, None, a.temporal)}
+    if a.config.image_dim is not None:
+        seen["shown"] = (_patches(a.pipeline.image_encoder.config) + 1, a.config.image_dim)
+    return seen
+
+
+def _patches(vision: Any) -> int:
+    """How many an encoder of pictures cuts its picture into."""
+    return int((vision.image_size // vision.patch_size) ** 2)
+
+
+def _hunyuan(a: Any, n: int, k: int) -> Seen:
+    return {"embeds": (n, a.config.text_embed_dim), "pooled": (a.config.pooled_projection_dim,), "mask": (n,)}
+
+
+def _hunyuan_image(a: Any, n: int, k: int) -> Seen:
+    """The text, less the four tokens that its template ends with, and every second token of the picture."""
+    from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as plain
+
+    tokens = int(plain.DEFAULT_PROMPT_TEMPLATE["image_emb_len"])
+    return {**_hunyuan(a, n - 4 + (tokens + 1) // 2, k), **_first(a)}
+
+
+def _captioned(a: Any, n: int, k: int) -> Seen:
+    return {"embeds": (n, a.config.caption_channels), "mask": _all(n, torch.int64)}
+
+
+def _ltx(a: Any, n: int, k: int) -> Seen:
+    return {"embeds": (n, a.config.caption_channels), "mask": _all(n)}
+
+
+def _ltx2(a: Any, n: int, k: int) -> Seen:
+    config = a.pipeline.connectors.config
+    video, audio = (
+        config[f"{stream}_connector_num_attention_heads"] * config[f"{stream}_connector_attention_head_dim"]
+        for stream in ("video", "audio")
+    )
+    return {"embeds": (n, video), "heard": (n, audio), "mask": _all(n, torch.int64)}
+
+
+def _cogview4(a: Any, n: int, k: int) -> Seen:
+    longest = -(-n // 16) * 16  # texts are filled up in units of 16 tokens
+    return {"embeds": (longest, a.config.text_embed_dim), "mask": _all(longest, device=CPU)}
+
+
+# Pipeline -> what its adapter encodes of a text of n tokens beside k pictures: shapes of what has the
+# precision of the policy, tensors of all else.
 PATTERNS: dict[str, Pattern] = {
-    "StableDiffusion3Pipeline": lambda a, n: {
-        "embeds": (_clip_length(a) + n, a.config.joint_attention_dim),
-        "pooled": (a.config.pooled_projection_dim,),
-    },
-    "FluxPipeline": lambda a, n: {
-        "embeds": (n, a.config.joint_attention_dim),
-        "pooled": (a.config.pooled_projection_dim,),
-    },
-    "QwenImagePipeline": lambda a, n: {"embeds": (n, a.config.joint_attention_dim), "mask": _all(n)},
-    "ZImagePipeline": lambda a, n: {
-        "embeds": (n, a.config.cap_feat_dim),
-        "mask": _all(n, torch.device("cpu")),
-    },
-    "WanPipeline": lambda a, n: {"embeds": (n, a.config.text_dim)},
-    "HunyuanVideoPipeline": lambda a, n: {
+    "AuraFlowPipeline": lambda a, n, k: {"embeds": (n, a.config.joint_attention_dim)},
+    "ChromaPipeline": lambda a, n, k: {"embeds": (n, a.config.joint_attention_dim), "mask": (n,)},
+    "CogVideoXPipeline": lambda a, n, k: {"embeds": (n, a.config.text_embed_dim)},
+    "CogVideoXImageToVideoPipeline": lambda a, n, k: {
         "embeds": (n, a.config.text_embed_dim),
-        "pooled": (a.config.pooled_projection_dim,),
-        "mask": (n,),
+        **_first(a, None),
     },
-    "StableDiffusionXLPipeline": lambda a, n: {
+    "CogView4Pipeline": _cogview4,
+    "Flux2KleinPipeline": _flux2,
+    "Flux2Pipeline": _flux2,
+    "FluxKontextPipeline": lambda a, n, k: {**_flux(a, n, k), **_pictures(a, k)},
+    "FluxPipeline": _flux,
+    "HunyuanVideoImageToVideoPipeline": _hunyuan_image,
+    "HunyuanVideoPipeline": _hunyuan,
+    "LTX2ImageToVideoPipeline": lambda a, n, k: {**_ltx2(a, n, k), **_first(a)},
+    "LTX2Pipeline": _ltx2,
+    "LTXImageToVideoPipeline": lambda a, n, k: {**_ltx(a, n, k), **_first(a)},
+    "LTXPipeline": _ltx,
+    "Lumina2Pipeline": lambda a, n, k: {
+        "embeds": (n, a.config.cap_feat_dim),
+        "mask": _all(n, torch.int64, CPU),
+    },
+    "PixArtAlphaPipeline": _captioned,
+    "PixArtSigmaPipeline": _captioned,
+    "QwenImageEditPipeline": _qwen_edit,
+    "QwenImageEditPlusPipeline": _qwen_edit,
+    "QwenImagePipeline": lambda a, n, k: {"embeds": (n, a.config.joint_attention_dim), "mask": _all(n)},
+    "SanaPipeline": _captioned,
+    "StableDiffusion3Pipeline": lambda a, n, k: _flux(a, _clip_length(a) + n, k),
+    "StableDiffusionPipeline": lambda a, n, k: {"embeds": (_clip_length(a), a.config.cross_attention_dim)},
+    "StableDiffusionXLPipeline": lambda a, n, k: {
         "embeds": (_clip_length(a), a.config.cross_attention_dim),
         "pooled": (a.config.projection_class_embeddings_input_dim - 6 * a.config.addition_time_embed_dim,),
     },
-    "StableDiffusionPipeline": lambda a, n: {"embeds": (_clip_length(a), a.config.cross_attention_dim)},
+    "WanImageToVideoPipeline": _wan_image,
+    "WanPipeline": _wan,
+    "ZImagePipeline": lambda a, n, k: {"embeds": (n, a.config.cap_feat_dim), "mask": _all(n, device=CPU)},
 }
-PATTERNS["FluxKontextPipeline"] = PATTERNS["FluxPipeline"]

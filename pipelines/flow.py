@@ -142,7 +142,8 @@ class Experts(nn.Module):
     """Networks that divide the times among them, by the names that the pipeline calls them.
 
     The first takes the times from `boundary` on, in the network's own unit, the second those below. Rows of
-    both go to each in turn; a batch at one time takes one forward.
+    both go to each in turn; a batch at one time takes one forward. Times without content, on the meta device,
+    are taken for early and late by turns.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], boundary: float) -> None:
@@ -157,7 +158,8 @@ class Experts(nn.Module):
 
     def forward(self, timestep: Tensor, **inputs: Tensor) -> tuple[Tensor]:
         """As the networks' own, with one timestep [n] a row; inputs: tensors [n, ...]."""
-        early = self.early(timestep).cpu()
+        by_turns = torch.arange(len(timestep)) % 2 == 0
+        early = by_turns if timestep.is_meta else self.early(timestep).cpu()
         parts, places = [], []
         for network, rows in zip(self.children(), (early, ~early), strict=True):
             if rows.any():

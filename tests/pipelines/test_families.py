@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 import types
@@ -26,9 +27,11 @@ from mmalign.algorithms.flow_grpo import FlowGRPO
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import ADAPTERS, catalog, kandinsky5, load
+from mmalign.pipelines.blueprint import META, PATTERNS, blank_policy, blank_text
 from mmalign.pipelines.family import shifted
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.pipelines.omnigen import visible
+from mmalign.planning import _fused_attention
 from mmalign.randomness import generator, normals
 from mmalign.records import Masks, Pick, Plan, Renoise, RewardSignal
 from mmalign.sde import Noise, transition
@@ -113,14 +116,18 @@ def world(tmp_path_factory):
     return build
 
 
-def policy_of(world, name: str, noise=None, **settings):
-    """A policy over a family; what was read from disk once is copied."""
-    row, folder, _, _, ours = world(name)
+def settings_of(world, name: str, **settings) -> PolicySettings:
+    row, folder, *_ = world(name)
     given = {"height": row.size[0], "width": row.size[1], "frames": row.frames, "max_sequence_length": 16}
     given |= {"lora": LoraSettings(4, 6)} | row.settings | settings
     if not row.true_guidance:
         given["embedded_guidance"] = given.pop("guidance")
-    policy = PolicySettings(str(folder), **given)
+    return PolicySettings(str(folder), **given)
+
+
+def policy_of(world, name: str, noise=None, **settings):
+    """A policy over a family; what was read from disk once is copied."""
+    policy, ours = settings_of(world, name, **settings), world(name)[-1]
     if not ours:
         ours["pipeline"] = load(replace(policy, lora=LoraSettings(0), shift=None), Noise()).adapter.pipeline
         ours["kind"] = type(load(policy, Noise()).adapter)
@@ -994,3 +1001,49 @@ def test_a_video_from_a_picture_ends_with_it_as_its_first_frame(world, name, mon
     for end in ends:
         assert_close(end[:, :, :1], given, atol=1e-5, rtol=1e-5)
     assert (noisy[:, :, 1:] - clean[:, :, 1:]).abs().max() > 1e-1
+
+
+def same_condition(policy: FlowPolicy, pictures: torch.Tensor) -> None:
+    """What the planner takes for a text is what the adapter encodes, and its model runs on it."""
+    adapter = policy.adapter
+    real = adapter.encode_with(TEXTS[0], pictures) if len(pictures) else adapter.encode(TEXTS[0])
+    blank = blank_policy(policy.settings, Noise())
+    told = blank_text(blank, len(pictures))
+    assert {name: (value.shape, value.dtype) for name, value in told.items()} == {
+        name: (value.shape, value.dtype) for name, value in real.items()
+    }
+    blank = blank_policy(replace(policy.settings, precision="fp32"), Noise())
+    told = blank_text(blank, len(pictures))
+    seen = {name: value.expand(2, *value.shape) for name, value in told.items()}
+    x, sigma = torch.empty(2, *blank.shape, device=META), torch.empty(2, device=META)
+    with _fused_attention():  # which the planner counts; masks on the CPU have no part in it
+        velocity = blank.adapter.velocity(blank.module, x, sigma, seen, None, 1.0)
+        velocity.sum().backward()
+    with torch.no_grad():
+        media = blank.adapter.decode(x)
+    assert velocity.shape == x.shape
+    assert media.shape == policy.adapter.decode(torch.zeros(2, *policy.shape)).shape
+
+
+PLANNED = [name for name in FAMILIES if name.split()[0] in PATTERNS]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PLANNED]
+)
+def test_a_plan_knows_what_the_network_sees_of_a_text(world, name):
+    policy = load(settings_of(world, name, precision="bf16", guidance=1.0), Noise())
+    row = world(name)[0]
+    same_condition(policy, torch.rand(row.sources, 3, *row.size))
+
+
+def test_a_plan_of_an_editor_needs_the_processor_that_counts_its_pictures(world, tmp_path):
+    settings = settings_of(world, "QwenImageEditPipeline")
+    folder = shutil.copytree(settings.model, tmp_path / "model")
+    shutil.rmtree(folder / "processor")
+    with pytest.raises(ValueError, match="holds no processor, by which tokens of pictures are counted"):
+        blank_text(blank_policy(replace(settings, model=str(folder)), Noise()))
+
+
+def test_all_that_a_plan_knows_is_compared():
+    assert {name.split()[0] for name in PLANNED} == set(PATTERNS)
