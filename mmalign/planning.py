@@ -42,7 +42,7 @@ from mmalign.autocast import Autocast, Device
 from mmalign.config import ConfigError, RunConfig
 from mmalign.data import PromptSource, read_prompts
 from mmalign.pipelines.blueprint import META, blank_policy, blank_text
-from mmalign.pipelines.flow import DECODED_PLACES, DTYPES, FlowPolicy
+from mmalign.pipelines.flow import DECODED_PLACES, DTYPES, FlowPolicy, SeesPictures, sources_of
 from mmalign.records import Plan
 
 Sharding = Literal["ddp", "zero2", "zero3"]
@@ -307,15 +307,17 @@ def measure(
     accumulate: bool = False,
     rest: int = 0,
     device: Device = "cuda",
+    pictures: int = 0,
 ) -> Measured:
     """What the network of a policy without weights needs for a minibatch of so many rows, and to decode.
 
     samples: of an iteration on one device, which is the most that is drawn or decoded at once. accumulate:
     an update has several minibatches, see `live_bytes`. rest: rows of its last one, where these are fewer; 0
     where they are not. device: what runs it, which has operations of its own that autocast leaves in fp32.
+    pictures: beside each text.
     """
     adapter, network = policy.adapter, policy.module
-    text = blank_text(policy)
+    text = blank_text(policy, pictures)
     guidance = policy.settings.guidance
     each = adapter.rows(guidance)
     size = max(1, rows // each)
@@ -562,7 +564,10 @@ def rehearse(
         rows = math.ceil(cost["train"] / updates / max(1, gpus))  # of one update on one device
         batch = config.training.batch
         rest = rows % batch if rows > batch else 0
-        measured = measure(policy, min(rows, batch), each, rows > batch, rest, device)
+        pictures = 0
+        if isinstance(policy.adapter, SeesPictures):
+            pictures = max(len(sources_of(one.text, one.extra, False)) for one in source.prompts)
+        measured = measure(policy, min(rows, batch), each, rows > batch, rest, device, pictures)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     plan = derive(config, algorithm, policy, cost, gpus, len(source.prompts))

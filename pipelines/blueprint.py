@@ -148,11 +148,11 @@ def _keep(network: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def blank_text(policy: FlowPolicy, pictures: int | None = None) -> Condition:
+def blank_text(policy: FlowPolicy, pictures: int = 0) -> Condition:
     """What the network would see of one text, on the meta device; ValueError for families without a pattern.
 
-    pictures: how many stand beside the text; None: one where the family needs some, else none. Lengths that
-    the network reads as numbers stand on the CPU.
+    pictures: how many stand beside the text; at least one does where the family needs some. Lengths that the
+    network reads as numbers stand on the CPU.
     """
     adapter, dtype = policy.adapter, DTYPES[policy.settings.precision]
     kind = type(adapter.pipeline).__name__
@@ -160,7 +160,7 @@ def blank_text(policy: FlowPolicy, pictures: int | None = None) -> Condition:
         raise ValueError(
             f"policy.model: there is no plan for a {kind} yet, only for {', '.join(sorted(PATTERNS))}"
         )
-    count = int(getattr(adapter, "needs_pictures", False)) if pictures is None else pictures
+    count = max(pictures, int(getattr(adapter, "needs_pictures", False)))
     found = PATTERNS[kind](adapter, policy.settings.max_sequence_length, count)
     return {
         name: shape if isinstance(shape, torch.Tensor) else torch.empty(shape, device=META, dtype=dtype)

@@ -266,7 +266,7 @@ def test_a_minibatch_is_no_larger_than_its_update(monkeypatch):
     monkeypatch.chdir(ROOT)
     asked = []
 
-    def small(policy, rows, samples, accumulate, rest, device):
+    def small(policy, rows, samples, accumulate, rest, device, pictures):
         asked.append((rows, accumulate, rest))
         return measure(policy, 1, 1, accumulate)
 

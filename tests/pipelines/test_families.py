@@ -18,12 +18,14 @@ import torch
 import yaml
 from families import FAMILIES, Row
 from PIL import Image
+from runs import ROOT
 from torch.testing import assert_close
 from toys import initial
 from training import trainer
 
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
+from mmalign.config import load_config
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
 from mmalign.pipelines import ADAPTERS, catalog, kandinsky5, load
@@ -31,7 +33,7 @@ from mmalign.pipelines.blueprint import META, PATTERNS, blank_policy, blank_text
 from mmalign.pipelines.family import shifted
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.pipelines.omnigen import visible
-from mmalign.planning import _fused_attention
+from mmalign.planning import _fused_attention, rehearse
 from mmalign.randomness import generator, normals
 from mmalign.records import Masks, Pick, Plan, Renoise, RewardSignal
 from mmalign.sde import Noise, transition
@@ -1043,6 +1045,24 @@ def test_a_plan_of_an_editor_needs_the_processor_that_counts_its_pictures(world,
     shutil.rmtree(folder / "processor")
     with pytest.raises(ValueError, match="holds no processor, by which tokens of pictures are counted"):
         blank_text(blank_policy(replace(settings, model=str(folder)), Noise()))
+
+
+def test_a_plan_counts_the_pictures_that_prompts_name(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    row, folder, *_ = world("Flux2KleinPipeline")
+    found = []
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for sources in ((), ("a.png",), ("a.png", "b.png")):
+        file = tmp_path / f"{len(sources)}.jsonl"
+        extra = {"source": list(sources)} if sources else {}
+        file.write_text("".join(json.dumps({"prompt": f"{i} cats", **extra}) + "\n" for i in range(64)))
+        given = [f"policy.model={folder}", f"policy.height={row.size[0]}", f"policy.width={row.size[1]}"]
+        given += ["policy.max_sequence_length=40", f"prompts.file={file}", f"prompts.heldout_file={file}"]
+        config = load_config(ROOT / "assets/recipes/lab_flow_grpo.yaml", given)
+        found.append(rehearse(config)[1].measured.forward_flops)
+    none, one, two = found
+    assert none < one < two
 
 
 def test_all_that_a_plan_knows_is_compared():
