@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import tarfile
@@ -34,6 +35,30 @@ class Clip:
 
     place: str | tuple[str, ...]
     fps: float = FPS
+
+
+def listed(folder: Path, split: str) -> list[Path]:
+    """Files of the pictures that a folder's metadata.jsonl names, but for those of another split.
+
+    ValueError where a line is no JSON object, names no file, or one that is missing.
+    """
+    found = []
+    source = folder / "metadata.jsonl"
+    for number, line in enumerate(source.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            file = folder / row["file_name"]
+        except (ValueError, KeyError, TypeError):
+            wrong = "is no JSON object with a 'file_name'"
+            raise ValueError(f"{source}, line {number}: {wrong}, got {line[:80]!r}") from None
+        if row.get("split", split) != split:
+            continue
+        if not file.is_file():
+            raise ValueError(f"{file}: named in metadata.jsonl, line {number}, but missing")
+        found.append(file)
+    return found
 
 
 def asked(extra: Mapping[str, object]) -> str | Clip | None:

@@ -29,8 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize, softplus
 
-from mmalign.lab.pretrain_data import listed
-from mmalign.pictures import STILLS, open_picture, stills_in
+from mmalign.pictures import STILLS, listed, open_picture, stills_in
 from mmalign.records import Outcome, RewardSignal
 from mmalign.rewardmodels.conse import CPU_BATCH
 from mmalign.rewardmodels.features import Classifier, Tower, load_features
@@ -400,7 +399,7 @@ def files_of(references: str) -> list[Path]:
     """
     place = Path(references)
     if (place / "metadata.jsonl").is_file():
-        found = sorted({path for path, _ in listed(place, "train")})
+        found = sorted(set(listed(place, "train")))
     else:
         found = stills_in(place)
     if not found and not place.is_dir():

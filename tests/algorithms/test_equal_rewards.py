@@ -27,8 +27,8 @@ class Even(Brighter):
         return torch.full((len(prompts),), 0.5)
 
 
-# A teacher speaks whatever the rewards say.
-COMPARING = [name for name in SCENARIOS if name != "taught"]
+# A teacher speaks whatever the rewards say, and the first gradients of the other are lost.
+COMPARING = [name for name in SCENARIOS if name not in ("taught", "half precision that overflows, split")]
 
 
 @pytest.mark.filterwarnings("ignore:reward 'brightness'")

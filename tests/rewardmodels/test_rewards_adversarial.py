@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import tarfile
 import warnings
@@ -345,6 +346,23 @@ def test_references_are_as_good_in_archives_shards_and_listed_folders(made, refe
     other = load("adversarial", references=str(place), features="pixels", width=32)
     samples = outcome_of(painted(16, dark=True))
     assert one.fit(samples) == other.fit(samples)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "metadata.jsonl, line 2: is no JSON object with a 'file_name', got '{'"),
+        ('{"text": "a red dot"}', "line 2: is no JSON object with a 'file_name'"),
+        ('{"file_name": "gone.png"}', "gone.png: named in metadata.jsonl, line 2, but missing"),
+    ],
+)
+def test_a_list_of_references_that_is_none_is_named(references, tmp_path, line, said):
+    place = tmp_path / "all"
+    shutil.copytree(references, place)
+    first = json.dumps({"file_name": min(references.iterdir()).name})
+    (place / "metadata.jsonl").write_text(f"{first}\n{line}\n")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load("adversarial", references=str(place), features="pixels")
 
 
 def test_references_are_brought_to_the_size_of_samples(tmp_path):
