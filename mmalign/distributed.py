@@ -127,7 +127,9 @@ class Distributed:
         DeepSpeed clips and steps in here, with the last minibatch, and leaves out a step whose gradient is
         not finite; a loss that is not makes it such a one.
         """
-        scale = self.world if self.kind != "deepspeed" or loss.isfinite() else math.nan
+        scale: float | Tensor = self.world
+        if self.kind == "deepspeed":
+            scale = torch.where(loss.isfinite(), scale, math.nan)  # on the device: nobody waits for it
         self._accelerator.backward(loss * scale)  # every backend averages gradients over ranks
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> Tensor:

@@ -6,9 +6,10 @@ import resource
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 
@@ -184,7 +185,7 @@ class StaticAlarm:
         if len(first) < STATIC_WINDOW:
             first.append(share)
             return False
-        before, now = mean(first), mean(last)
+        before, now = fmean(first), fmean(last)
         if not now > before + STATIC_RISE:
             return False
         if name not in self._warned:
@@ -209,8 +210,3 @@ class StaticAlarm:
         self._first = {name: list(shares) for name, shares in state["first"].items()}
         self._last = {name: deque(shares, STATIC_WINDOW) for name, shares in state["last"].items()}
         self._warned = set(state["warned"])
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
