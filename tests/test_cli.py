@@ -170,6 +170,7 @@ def test_the_resolved_settings_of_a_run_can_be_run_again(run, capsys):
     assert f"goes on from {run}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_where_the_shorter_one_stopped(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["train", "--config", RECIPE, *small(folder, "training.iterations=1")]) == 0
@@ -364,6 +365,7 @@ def test_what_cannot_be_evaluated_is_refused(subject, more, message, tmp_path, c
     assert message in said
 
 
+@pytest.mark.slow
 def test_the_baseline_of_a_run_is_told_and_drawn(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "best.json"
     # The lab tells random pictures from each other in nothing, so that its reward alone would move no weight.

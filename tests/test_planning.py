@@ -106,6 +106,7 @@ def test_what_a_model_keeps_in_fp32_is_kept_there():
     assert types["blocks.0.ffn.net.2.weight"] == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [False, True], ids=["first minibatch", "later minibatch"])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -164,6 +165,7 @@ def test_a_cpu_keeps_a_kernel_of_each_product_in_half_precision():
     assert not products(5, dtype=torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_kernels_are_those_of_all_sizes_of_a_run(precision, device):
@@ -230,6 +232,7 @@ def test_operations_are_those_of_the_products():
     assert alive.kept == q.nbytes + 4 * 2 * 3 * 7  # the output and a number a query, no matrix of scores
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_and_a_larger_minibatch_costs_in_proportion():
     policy = blank_policy(settings(), Noise())
     one, two = measure(policy, 4, 96), measure(policy, 8, 96)
@@ -261,6 +264,7 @@ def test_shards_share_what_they_share(monkeypatch):
     assert whole.trained == 3 * whole.gradients
 
 
+@pytest.mark.slow
 def test_a_minibatch_is_no_larger_than_its_update(monkeypatch):
     """And the second of an update finds the gradients of the first."""
     monkeypatch.chdir(ROOT)

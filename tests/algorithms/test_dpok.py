@@ -59,6 +59,7 @@ class Chain:
         return left[0]
 
 
+@pytest.mark.slow
 def test_it_lowers_the_variance_of_a_gradient_that_is_known_and_leaves_its_mean():
     value = Value(FAST, math.inf)
     for seed in range(20):

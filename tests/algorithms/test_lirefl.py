@@ -266,6 +266,7 @@ def test_the_reward_network_passes_a_gradient_on(policy, reward):
     assert both.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_reward_rises(policy):
     def score() -> float:
         """Of the latents behind every step, under the noise of the test."""

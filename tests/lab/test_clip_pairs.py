@@ -62,12 +62,14 @@ def test_each_fault_lowers_what_it_is_a_fault_of():
             assert wrong[fault], fault
 
 
+@pytest.mark.slow
 def test_pairs_are_ties_as_often_as_said_and_of_every_kind():
     kinds = Counter(pair.kind for pair in pairs(600))
     assert abs(kinds[""] / 600 - TIES) < 4 * np.sqrt(TIES * (1 - TIES) / 600)
     assert all(kinds[kind] > 40 for kind in DIMENSIONS)
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_never_trained_on():
     assert not {pair.prompt for pair in pairs(200)} & {pair.prompt for pair in pairs(200, "heldout")}
     assert all(parse_clip(pair.prompt).held_out for pair in pairs(40, "heldout"))

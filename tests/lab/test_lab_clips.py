@@ -210,6 +210,7 @@ def test_another_thing_in_its_place_is_half_right():
         assert soft(other, task).soft == pytest.approx(0.75)
 
 
+@pytest.mark.slow
 def test_prompts_are_different_and_of_their_split():
     prompts = list_clip_prompts(60, "heldout")
     assert len(set(prompts)) == 60

@@ -80,6 +80,7 @@ def test_latents_are_standardized(trained):
     assert (latents.std((0, 2, 3, 4)) <= 1.01).all()
 
 
+@pytest.mark.slow
 def test_a_broken_off_run_goes_on_to_the_same_end(trained, tmp_path):
     class Stopped(Exception):
         pass

@@ -150,6 +150,7 @@ def test_a_folder_gives_the_detector_back_twice(tower, tmp_path):
     assert again.temperature == 1.7
 
 
+@pytest.mark.slow
 def test_a_detector_learns_a_kind_and_its_place(tmp_path):
     fresh_tower(tmp_path / "resnet", side=64, widths=(8, 12, 16))
     tower = str(tmp_path / "resnet")

@@ -598,6 +598,7 @@ def test_a_frozen_base_in_bf16_has_adapters_and_a_head_in_fp32(models, cold, pai
     assert score(half.judge, [THOUGHT, ""]) != score(whole.judge, [THOUGHT, ""])
 
 
+@pytest.mark.slow
 def test_dual_rl_earns_more(cold, pairs_folder):
     _, _, folder = cold
     student, rows = Student.load(folder), []

@@ -298,6 +298,7 @@ def test_a_killed_training_goes_on_exactly(denoiser, space, drawn, tmp_path):
         run(folder=tmp_path, seed=1)
 
 
+@pytest.mark.slow
 def test_a_few_clips_are_learned_by_heart(denoiser, space, drawn):
     network, rows = IdentityNetwork(copy.deepcopy(denoiser), 1), []
     train_identity(network, space, labeled(space, drawn), steps=50, batch=8, lr=3e-3, log=rows.append)

@@ -167,6 +167,7 @@ def test_a_lesson_that_forgets_the_anchors_is_undone(made):
     assert scale == (reward._zero, reward._unit)
 
 
+@pytest.mark.slow
 def test_a_critic_may_follow_samples_that_move_away_from_the_first_ones(made):
     """It must: samples that look like references to it, and are none, have found its flaw."""
     reward = made(learning_rate=1e-3, fresh=1.0, updates=100)

@@ -345,6 +345,7 @@ def test_inverted_the_wrong_choices_are_right():
     assert inverted(Question("Which is it?", ("a", "b"), ("a", "b")), random.Random(0)) is None
 
 
+@pytest.mark.slow
 def test_a_file_of_questions_is_turned_around(tmp_path):
     source, out = tmp_path / "questions.jsonl", tmp_path / "inverted.jsonl"
     rows = [
