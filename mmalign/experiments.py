@@ -33,13 +33,13 @@ KL, BASE_FILES = "kl.json", (f"{report.BASE}.pt", f"{report.BASE}.json")
 
 @dataclass(frozen=True)
 class Budget:
-    """What every run may spend; exactly one of the two."""
+    """What every run may spend, by one of the two; with neither an arm has the iterations of its recipe."""
 
     forwards: int = 0  # of training: sample + 3 train + reference; the iterations of an arm follow from it
     iterations: int = 0  # the same for all arms, whatever they cost
 
     def __post_init__(self) -> None:
-        if (self.forwards > 0) == (self.iterations > 0):
+        if min(self.forwards, self.iterations) < 0 or (self.forwards and self.iterations):
             raise ValueError(
                 f"budget needs a positive number of forwards or of iterations, not both, got "
                 f"forwards={self.forwards}, iterations={self.iterations}"
@@ -104,8 +104,8 @@ class Experiment:
 
     title: str
     question: str  # what is asked, and what the answer rests on
-    budget: Budget
     arms: Mapping[str, Arm]
+    budget: Budget = Budget()
     claims: tuple[Claim, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)  # of training; more tell more about other seeds
     common: tuple[str, ...] = ()  # section.field=value, put over the recipe of every arm
@@ -178,9 +178,9 @@ def spent(forwards: Mapping[str, float]) -> float:
 
 def affordable(experiment: Experiment, name: str) -> int:
     """Iterations of an arm within the budget."""
-    if experiment.budget.iterations:
-        return experiment.budget.iterations
     config = configure(experiment, name, experiment.seeds[0])
+    if not experiment.budget.forwards:
+        return config.training.iterations
     cost = spent(assembly.assemble(config, write=False).cost)
     if cost > experiment.budget.forwards:
         raise ConfigError(

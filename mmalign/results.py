@@ -308,7 +308,9 @@ def section(result: Found) -> list[str]:
     """What the page says of one experiment."""
     experiment, made = result["experiment"], result["made"]
     budget = experiment["budget"]
-    limit = f"{budget['forwards']:,} forwards" if budget["forwards"] else f"{budget['iterations']} iterations"
+    limit = "the iterations of its recipe"
+    if budget["forwards"] or budget["iterations"]:
+        limit = " ".join(f"{amount:,} {of}" for of, amount in budget.items() if amount)
     lines = [
         f"## {experiment['title']}",
         "",

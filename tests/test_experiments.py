@@ -107,7 +107,7 @@ def claim(**changes: object) -> list[object]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": {}}, "positive number of forwards or of iterations"),
+        ({"budget": {"forwards": -3}}, "positive number of forwards or of iterations"),
         ({"budget": {"forwards": 3, "iterations": 3}}, "not both"),
         ({"bugdet": {"forwards": 3}}, "has no setting 'bugdet'"),
         ({"claims": claim(arm="nfd")}, "there is no arm 'nfd'; did you mean 'nft'?"),
@@ -147,6 +147,13 @@ def test_a_budget_below_one_iteration_is_refused(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "an iteration of nft takes" in said
     assert "tiny: nft, seed 0: failed" in said
+
+
+def test_without_a_budget_an_arm_has_the_iterations_of_its_recipe():
+    experiment = read_experiment(Path("assets/experiments/long.yaml"))
+    for name, arm in experiment.arms.items():
+        recipe = yaml.safe_load(Path(f"assets/recipes/{arm.recipe}.yaml").read_text())
+        assert affordable(experiment, name) == recipe["training"]["iterations"]
 
 
 # Runs
