@@ -153,7 +153,7 @@ def _spot(scores: Tensor) -> Tensor:
 
 
 def _piece(salient: Tensor, place: Tensor, size: torch.Size, reach: int, area: int) -> Tensor | None:
-    """The place of what stands out near a place, if it is about as large as the subject."""
+    """The place of what stands out near a place, if it is about as large as the subject and within reach."""
     high, wide = salient.shape
     top, left = place.tolist()
     window = torch.zeros_like(salient)
@@ -163,4 +163,6 @@ def _piece(salient: Tensor, place: Tensor, size: torch.Size, reach: int, area: i
         return None
     middle = seen.nonzero().float().mean(0)
     corner = (middle - torch.tensor([size[0] / 2 - 0.5, size[1] / 2 - 0.5])).round().long()
+    if int((corner - place).abs().max()) > reach:  # the edge of what leapt further than it can have gone
+        return None
     return torch.stack([corner[0].clamp(0, high - size[0]), corner[1].clamp(0, wide - size[1])])

@@ -201,15 +201,16 @@ def terms(clip: Clip):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [11, 12])
 @pytest.mark.parametrize(
     ("kind", "right"),
     [("swap", "identity"), ("vanish", "presence"), ("teleport", "cycle"), ("freeze", "gate")],
 )
-def test_what_is_planted_lowers_the_right_term(kind, right):
+def test_what_is_planted_lowers_the_right_term(kind, right, seed):
     """In at least 95 of 100 clips; in as many each other term stays within what clips differ by anyway."""
     rng = random.Random(7)
     before, after, lower = [], [], 0
-    for _, clip in clips(100, seed=11):
+    for _, clip in clips(100, seed=seed):
         was, reward = terms(clip)
         now, less = terms(planted(kind, clip, rng))
         before.append(was)
@@ -222,8 +223,16 @@ def test_what_is_planted_lowers_the_right_term(kind, right):
     noise = np.quantile(before, 0.99, 0) - np.quantile(before, 0.01, 0)
     for i, name in enumerate(TERMS):
         if i != place:
-            fell = before[:, i] - after[:, i] > max(noise[i], 0.1)
-            assert fell.sum() <= 5, name
+            moved = np.abs(before[:, i] - after[:, i]) > noise[i]
+            assert moved.sum() <= 5, name
+
+
+def test_a_subject_that_leaps_by_its_own_width_is_not_followed_back():
+    """The edge of where it was before lies within reach, and its middle does not."""
+    _, clip = clips(8, seed=12)[7]
+    (found,) = Identity().terms(video(planted("teleport", clip, random.Random(7))), {})
+    assert found.presence == 1
+    assert found.cycle == 0
 
 
 def test_a_moving_thing_stays_who_it_is_and_so_it_does_backwards():
