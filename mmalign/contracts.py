@@ -132,6 +132,16 @@ class KeepsStep(Protocol):
 
 
 @runtime_checkable
+class ReadsInPart(Protocol):
+    """A policy that tells whether a forward may leave some of its trained weights unread.
+
+    Ranks that exchange gradients wait for those of all weights but the ones that they look for in vain.
+    """
+
+    in_part: bool
+
+
+@runtime_checkable
 class TellsStates(Protocol):
     """A policy that tells the states in which its actions were taken."""
 

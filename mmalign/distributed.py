@@ -86,12 +86,17 @@ class Distributed:
     # The network.
 
     def prepare(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, limit: float
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, limit: float, in_part: bool = False
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Both as the launcher wants them; the module may come back wrapped.
 
         limit: that `clip` will be asked for, which DeepSpeed must know before it makes the first gradient.
+        in_part: whether a forward may leave trained parameters unread; DDP then looks which they are.
         """
+        if in_part:
+            from accelerate.utils import DistributedDataParallelKwargs
+
+            self._accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.kind == "deepspeed":
             # It asks for a batch size, of which nothing depends here: samples are dealt out by the trainer.
             config = self._accelerator.state.deepspeed_plugin.deepspeed_config

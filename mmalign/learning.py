@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmalign.checkpoints import weights_of
-from mmalign.contracts import KeepsStep, Policy, TellsPrecision
+from mmalign.contracts import KeepsStep, Policy, ReadsInPart, TellsPrecision
 from mmalign.copies import Copies
 from mmalign.coupling import Coupled
 from mmalign.credit import Peers
@@ -100,7 +100,10 @@ class Learner:
             raise ValueError(
                 "objectives can only be balanced where every rank holds all parameters, not sharded"
             )
-        policy.module, self.optimizer = distributed.prepare(policy.module, optimizer, settings.grad_clip)
+        in_part = isinstance(policy, ReadsInPart) and policy.in_part
+        policy.module, self.optimizer = distributed.prepare(
+            policy.module, optimizer, settings.grad_clip, in_part
+        )
         self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
         if distributed.sharded:
             policy.copies = Copies(policy.module)  # sharding has replaced the parameters, or emptied them

@@ -161,6 +161,11 @@ class CaptionPolicy:
     def precision(self) -> str:
         return self.settings.precision
 
+    @property
+    def in_part(self) -> bool:
+        """Some read a layer of their vision tower that is not its last."""
+        return not self.settings.lora.rank
+
     # ---- sampling
 
     @torch.no_grad()

@@ -315,6 +315,11 @@ class FlowPolicy:
     def precision(self) -> str:
         return self.settings.precision
 
+    @property
+    def in_part(self) -> bool:
+        """Of experts a forward may ask one alone; a network has layers that no prediction depends on."""
+        return isinstance(self.adapter.network, Experts) or not self.settings.lora.rank
+
     # ---- sampling
 
     @torch.no_grad()

@@ -2282,7 +2282,22 @@ FAMILIES = {
         true_guidance=False,
         sources=2,
     ),
+    "Flux2Pipeline without references": Row(
+        flux2,
+        lambda s: {"guidance_scale": s.embedded_guidance},
+        {"max_sequence_length": 400},
+        negative=False,
+        true_guidance=False,
+    ),
     "Flux2KleinPipeline": Row(
         lambda: flux2("Flux2KleinPipeline"), call_scale, {"max_sequence_length": 40}, negative=False
+    ),
+    "Flux2KleinPipeline with references": Row(
+        lambda: flux2("Flux2KleinPipeline"),
+        call_scale,
+        {"max_sequence_length": 40},
+        size=(64, 96),
+        negative=False,
+        sources=2,
     ),
 }

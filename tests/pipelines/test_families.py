@@ -54,7 +54,7 @@ class Bright:
 
 
 def assert_same(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to 1e-5 of their length; single numbers may be off by more, since processors round differently."""
+    """Equal to 1e-5 of their length; single numbers may be off by more, as processors round differently."""
     assert_close(ours, expected, atol=1e-4, rtol=0)
     assert (ours - expected).norm() <= 1e-5 * expected.norm()
 
