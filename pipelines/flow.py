@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -143,7 +143,8 @@ class Experts(nn.Module):
 
     The first takes the times from `boundary` on, in the network's own unit, the second those below. Rows of
     both go to each in turn; a batch at one time takes one forward. Times without content, on the meta device,
-    are taken for early and late by turns.
+    are taken for early and late by turns. anyone: as of `KeepsStep`; a network that another process asks is
+    shown a row that nobody reads.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], boundary: float) -> None:
@@ -151,6 +152,7 @@ class Experts(nn.Module):
         for name, network in networks.items():
             self.add_module(name, network)
         self.boundary = boundary
+        self.anyone: Callable[[bool], bool] = bool
 
     def early(self, timestep: Tensor) -> Tensor:
         """Which times are those of the first network, [n] bool."""
@@ -160,15 +162,23 @@ class Experts(nn.Module):
         """As the networks' own, with one timestep [n] a row; inputs: tensors [n, ...]."""
         by_turns = torch.arange(len(timestep)) % 2 == 0
         early = by_turns if timestep.is_meta else self.early(timestep).cpu()
-        parts, places = [], []
+        parts, places, unread = [], [], torch.zeros((), device=timestep.device)
         for network, rows in zip(self.children(), (early, ~early), strict=True):
-            if rows.any():
-                places.append(rows.nonzero()[:, 0])
-                at = places[-1].to(timestep.device)
-                own = {name: tensor[at] for name, tensor in inputs.items()}
-                parts.append(network(timestep=timestep[at], return_dict=False, **own)[0])
+            asked = bool(rows.any())
+            if not self.anyone(asked):
+                continue
+            place = rows.nonzero()[:, 0] if asked else torch.zeros(1, dtype=torch.int64)
+            at = place.to(timestep.device)
+            own = {name: tensor[at] for name, tensor in inputs.items()}
+            found = network(timestep=timestep[at], return_dict=False, **own)[0]
+            if asked:
+                parts.append(found)
+                places.append(place)
+            else:
+                unread = 0 * found.sum()  # its backward takes all processes too
         back = torch.cat(places).argsort().to(timestep.device)
-        return (torch.cat(parts)[back],)
+        velocity = torch.cat(parts)[back]
+        return (velocity + unread.to(velocity.dtype),)
 
 
 def guided(both: Tensor, guidance: float | Tensor) -> Tensor:
@@ -319,6 +329,15 @@ class FlowPolicy:
     def in_part(self) -> bool:
         """Of experts a forward may ask one alone; a network has layers that no prediction depends on."""
         return isinstance(self.adapter.network, Experts) or not self.settings.lora.rank
+
+    @property
+    def anyone(self) -> Callable[[bool], bool]:
+        """As of `KeepsStep`, which a policy of experts is; a single network is in every forward."""
+        return cast(Experts, self.adapter.network).anyone
+
+    @anyone.setter
+    def anyone(self, ask: Callable[[bool], bool]) -> None:
+        cast(Experts, self.adapter.network).anyone = ask
 
     # ---- sampling
 
