@@ -121,7 +121,11 @@ class Identity:
         return [self._of(video, start, reference) for start in starts]
 
     def _of(self, video: Tensor, start: Tensor, reference: Tensor | None) -> Terms:
-        track = self._tracker.track(video, start)
+        track = followed(self._tracker, video, start)
+        if not track.visible.any():
+            first = self._features(crop(video[0], start)[None].to(video.device)).cpu()[0]
+            unseen = torch.full((len(video),), torch.nan)
+            return Terms(0.0, 0.0, 0.0, 0.0, 0.0, unseen, F.normalize(first, dim=0), torch.zeros_like(first))
         seen = track.visible.nonzero().flatten().tolist()
         looks = self._features(
             torch.stack([crop(video[t], track.masks[t]) for t in seen]).to(video.device)
@@ -255,6 +259,12 @@ def subjects_of(frame: Tensor, most: int) -> list[Tensor]:
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     order = [i for i in np.argsort(-areas, kind="stable") if areas[i] >= SMALLEST * salient.numel()]
     return [torch.from_numpy(labels == i + 1) for i in order[:most]]
+
+
+def followed(tracker: Tracker, video: Tensor, start: Tensor) -> Track:
+    """The track of a subject, which is not seen where its mask is empty, whatever a tracker says."""
+    track = tracker.track(video, start)
+    return Track(track.masks, track.visible & track.masks.flatten(1).any(1))
 
 
 def load_tracker(name: str) -> Tracker:

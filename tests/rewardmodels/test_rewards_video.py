@@ -324,6 +324,31 @@ def test_a_tracker_of_ones_own_fits_the_contract(monkeypatch):
         Identity(tracker="mmalign.rewardmodels.statistics:Contrast")
 
 
+class Blind:
+    """Sees its subject nowhere, or says that it does and shows nothing."""
+
+    def __init__(self, visible: bool) -> None:
+        self.visible = visible
+
+    def track(self, frames, start, search=True):
+        return Track(
+            torch.zeros(len(frames), *start.shape, dtype=torch.bool), torch.full((len(frames),), self.visible)
+        )
+
+
+@pytest.mark.parametrize("visible", [False, True])
+@pytest.mark.parametrize("grain", ["sample", "frame"])
+def test_a_subject_that_a_tracker_never_sees_is_worth_nothing(visible, grain):
+    rng = random.Random(1)
+    clip = compose_clip(sample_clip_task(rng, "two_motions"), rng)
+    reward = Identity(subjects=2, grain=grain)
+    reward._tracker = Blind(visible)
+    said = reward(outcome([video(clip)]))
+    assert said.details[0]["subjects"] == 2
+    assert said.valid.all()
+    assert not said.values.any()
+
+
 def test_a_track_has_its_shapes():
     with pytest.raises(ValueError, match="masks must be bool"):
         Track(torch.zeros(3, 4, 4), torch.ones(3, dtype=torch.bool))
