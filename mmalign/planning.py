@@ -34,14 +34,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mmalign.assembly import check_kind, check_noise, compose, composed, cost_of, derive
 from mmalign.autocast import Autocast, Device
 from mmalign.config import ConfigError, RunConfig
 from mmalign.data import PromptSource, read_prompts
-from mmalign.pipelines.blueprint import META, blank_policy, blank_text
+from mmalign.pipelines.blueprint import META, blank_policy, blank_text, supposing
 from mmalign.pipelines.flow import DECODED_PLACES, DTYPES, FlowPolicy, SeesPictures, sources_of
 from mmalign.records import Plan
 
@@ -177,16 +177,20 @@ class Working(Live):  # type: ignore[no-untyped-call]
     """Live, and what convolutions take for themselves while they work.
 
     products: those of matrices in half precision there were, by sizes and strides of what they multiply.
+    flops: operations so far, by the formulas of torch's counter, which is slower and counts the same.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__(known)
         self.products: set[Product] = set()
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.now
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self.peak = max(self.peak, before + _room(func, args, out))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         if func in PRODUCTS and args[-1].dtype in (torch.bfloat16, torch.float16):
             self.products.add((func, tuple((tuple(one.shape), one.stride()) for one in args[:3])))
         return out
@@ -287,10 +291,8 @@ def live_bytes(
     held = [p.grad for p in wanted if p.grad is not None]
     live = Working([*network.parameters(), *network.buffers(), *held])
     with _fused_attention() as spent, live:
-        # Not during the backward: the counter would hold what checkpointing computes again.
-        with FlopCounterMode(display=False) as counter:
-            out = run()
-        kept, flops = live.now, counter.get_total_flops() + spent()
+        out = run()
+        kept, flops = live.now, live.flops + spent()  # before the backward, which may compute some again
         if backward:
             out.float().square().mean().backward()  # type: ignore[no-untyped-call]
         peak = live.peak
@@ -324,8 +326,10 @@ def measure(
 
     precision = DTYPES[policy.settings.precision]
 
-    def casting() -> AbstractContextManager[object]:
-        return nullcontext() if precision == torch.float32 else Autocast(device, precision)
+    @contextmanager
+    def casting() -> Iterator[None]:
+        with supposing(policy), nullcontext() if precision == torch.float32 else Autocast(device, precision):
+            yield
 
     def forward(count: int) -> Tensor:
         # Each row has a text of its own, as in a run.
@@ -532,6 +536,24 @@ def page(found: Estimate, gpu_memory: float, gpus: int) -> str:
         + ", without rewards, decoding and texts",
     ]
     return "\n".join([*lines, *(["", *found.advice] if found.advice else [])])
+
+
+HEAD = (
+    "| recipe | denoiser | trained | TFLOP a row | peak GiB: DDP | ZeRO-2 | ZeRO-3, FSDP2 "
+    "| rows to sample / train / of frozen copies | s an iteration |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def row(recipe: str, config: RunConfig, found: Estimate) -> str:
+    """The estimate as a line of the table of docs/planning.md, which `scripts/plan_recipes.py` writes."""
+    m, work = found.measured, found.work
+    own = m.parameters - (m.trained if config.policy.lora.rank else 0)
+    sizes = [f"{n / 1e9:.3g} B" if n >= 1e9 else f"{n / 1e6:.3g} M" for n in (own, m.trained)]
+    peaks = [f"{found.memory[name].peak / GIB:.1f}" for name in SHARDINGS]
+    rows = f"{work.sample:,.0f} / {work.train:,.0f} / {work.reference:,.0f}"
+    cells = [f"`{recipe}`", *sizes, f"{m.forward_flops / 1e12:.3g}", *peaks, rows, f"{work.seconds:,.0f}"]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def rehearse(

@@ -25,6 +25,7 @@ ADAPTERS = {
     "CogVideoXImageToVideoPipeline": "mmalign.pipelines.cogvideo:CogVideoXImageToVideo",
     "CogVideoXPipeline": "mmalign.pipelines.cogvideo:CogVideoX",
     "CogView4Pipeline": "mmalign.pipelines.cogview4:CogView4",
+    "DreamLiteMobilePipeline": "mmalign.pipelines.dreamlite:DreamLiteMobile",
     "DreamLitePipeline": "mmalign.pipelines.dreamlite:DreamLite",
     "FluxKontextPipeline": "mmalign.pipelines.flux:FluxKontext",
     "FluxPipeline": "mmalign.pipelines.flux:Flux",

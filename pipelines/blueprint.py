@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mmalign.contracts import PolicySettings
 from mmalign.pipelines import ADAPTERS
@@ -208,6 +210,56 @@ def _flux2(a: Any, n: int, k: int) -> Seen:
     return {"embeds": (n, a.config.joint_attention_dim), "text_places": places, **_pictures(a, k)}
 
 
+class Supposing(TorchFunctionMode):
+    """Answers what networks ask of tensors on the meta device that have no content.
+
+    share: of the places of a mask that something is taken from or put at, those that are True; the others
+    where it was inverted. answer: to every question of yes or no. Numbers that a network writes down stay on
+    the CPU, where it reads them again.
+    """
+
+    def __init__(self, share: float, answer: bool) -> None:
+        super().__init__()
+        self.share, self.answer = share, answer
+        self._inverted = WeakIdKeyDictionary()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.tensor and torch.device(given.get("device") or CPU) == META:
+            return func(*args, **given | {"device": CPU})
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return self.answer
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and _blank_mask(args[1]):
+            return func(args[0], self._places(args[1]), *args[2:])
+        found = func(*args, **given)
+        if func is torch.Tensor.__invert__ and _blank_mask(args[0]):
+            self._inverted[found] = True
+        return found
+
+    def _places(self, mask: torch.Tensor) -> torch.Tensor:
+        some = round(len(mask) * self.share)
+        count = len(mask) - some if mask in self._inverted else some
+        return torch.empty(count, dtype=torch.int64, device=META)
+
+
+def _blank_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.is_meta and index.dtype == torch.bool
+
+
+def supposing(policy: FlowPolicy) -> Supposing:
+    """What to run a policy without weights under, forwards and what checkpointing computes again.
+
+    Tokens are shared out evenly among the experts of a mixture, and texts fill their length. HunyuanVideo 1.5
+    asks whether it is without a picture.
+    """
+    adapter = policy.adapter
+    return Supposing(
+        1 / adapter.config.get("num_routed_experts", 1), not getattr(adapter, "needs_pictures", False)
+    )
+
+
 class _Counting:
     """In the place of a text encoder: its states have the tokens of the text, and no content."""
 
@@ -280,6 +332,29 @@ def _ltx2(a: Any, n: int, k: int) -> Seen:
     return {"embeds": (n, video), "heard": (n, audio), "mask": _all(n, torch.int64)}
 
 
+def _hidream(a: Any, n: int, k: int) -> Seen:
+    """Every layer of Llama is told; the network takes those it was made for."""
+    t5, llama = a.config.caption_channels
+    layers = a.pipeline.text_encoder_4.config.num_hidden_layers
+    return {"t5": (n, t5), "llama": (layers, n, llama), "pooled": (a.config.text_emb_dim,)}
+
+
+def _hunyuan15(a: Any, n: int, k: int) -> Seen:
+    """The pipeline's own lengths: of the text, and of what stands in quotes in it, letter by letter."""
+    texts, letters = a.pipeline.tokenizer_max_length, a.pipeline.tokenizer_2_max_length
+    return {
+        "embeds": (texts, a.config.text_embed_dim),
+        "mask": (texts,),
+        "glyphs": (letters, a.config.text_embed_2_dim),
+        "glyph_mask": (letters,),
+    }
+
+
+def _hunyuan15_image(a: Any, n: int, k: int) -> Seen:
+    features = (_patches(a.pipeline.image_encoder.config), a.config.image_embed_dim)
+    return {**_hunyuan15(a, n, k), **_first(a), "features": features}
+
+
 def _cogview4(a: Any, n: int, k: int) -> Seen:
     longest = -(-n // 16) * 16  # texts are filled up in units of 16 tokens
     return {"embeds": (longest, a.config.text_embed_dim), "mask": _all(longest, device=CPU)}
@@ -300,6 +375,9 @@ PATTERNS: dict[str, Pattern] = {
     "Flux2Pipeline": _flux2,
     "FluxKontextPipeline": lambda a, n, k: {**_flux(a, n, k), **_pictures(a, k)},
     "FluxPipeline": _flux,
+    "HiDreamImagePipeline": _hidream,
+    "HunyuanVideo15ImageToVideoPipeline": _hunyuan15_image,
+    "HunyuanVideo15Pipeline": _hunyuan15,
     "HunyuanVideoImageToVideoPipeline": _hunyuan_image,
     "HunyuanVideoPipeline": _hunyuan,
     "LTX2ImageToVideoPipeline": lambda a, n, k: {**_ltx2(a, n, k), **_first(a)},

@@ -50,6 +50,7 @@ MODELS = {
         "text to image",
         "its denoiser loads the LoRA: `unet.load_lora_adapter(folder, prefix='unet', weight_name=...)`",
     ),
+    "DreamLiteMobilePipeline": ("DreamLite-mobile", "text to image", "without guidance; its LoRA as above"),
     "OmniGenPipeline": (
         "OmniGen",
         "text to image",
@@ -207,6 +208,7 @@ ABSENT = {
         "KandinskyPriorPipeline",
         "KandinskyV22PriorPipeline",
         "StableCascadeDecoderPipeline",
+        "StableCascadePriorPipeline",
         "WuerstchenDecoderPipeline",
         "WuerstchenPriorPipeline",
     ),
@@ -214,6 +216,15 @@ ABSENT = {
         "GlmImagePipeline",
         "AmusedPipeline",
         "VQDiffusionPipeline",
+    ),
+    "where it guides, noise that is drawn anew at each step takes the place of the text, so that its "
+    "velocity is no function of the state": ("UniDiffuserPipeline",),
+    "it computes the keys and values of its references at the first step alone, so that later velocities "
+    "depend on that step; without references it draws as FLUX.2-klein": ("Flux2KleinKVPipeline",),
+    "editors that draw without a picture too; of editors those above are adapted": (
+        "BriaFiboEditPipeline",
+        "JoyImageEditPipeline",
+        "JoyImageEditPlusPipeline",
     ),
     "it cannot be made without cosmos_guardrail, which mmalign does not ask for": (
         "Cosmos2TextToImagePipeline",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmalign.contracts import PolicySettings
 from mmalign.pipelines.family import Family, padded
 from mmalign.pipelines.flow import Condition
 
@@ -56,3 +59,17 @@ class DreamLite(Family):
 
     def latents(self, media: Tensor) -> Tensor:
         return self.from_vae(self.pipeline.vae.encode(media * 2 - 1).latents)
+
+
+class DreamLiteMobile(DreamLite):
+    """Adapter of `DreamLiteMobilePipeline`, which is DreamLite distilled to few steps and to no guidance."""
+
+    kind = "DreamLiteMobilePipeline"
+
+    def __init__(self, settings: PolicySettings, pipeline: Any = None) -> None:
+        super().__init__(settings, pipeline)
+        if settings.guidance > 1:
+            raise ValueError(
+                "policy.guidance must be 1: guidance is distilled into DreamLite-mobile; got "
+                f"{settings.guidance}"
+            )

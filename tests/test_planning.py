@@ -12,6 +12,7 @@ import torch
 from runs import ROOT, middle, tiny
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmalign.cli import main
 from mmalign.config import ConfigError, load_config
@@ -21,6 +22,7 @@ from mmalign.pipelines.blueprint import blank_policy, known_models, read_bluepri
 from mmalign.pipelines.flow import computing
 from mmalign.planning import (
     GIB,
+    HEAD,
     KERNEL,
     RESERVED,
     SHARDINGS,
@@ -28,6 +30,7 @@ from mmalign.planning import (
     live_bytes,
     measure,
     rehearse,
+    row,
     turned,
 )
 from mmalign.sde import Noise
@@ -42,7 +45,10 @@ PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"transformer": 1.42, "text_encoder": 5.68},
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {"transformer": 5.0, "vae": 0.705},
     "hunyuanvideo-community/HunyuanVideo": {"transformer": 12.82, "text_encoder": 7.5},
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": {"transformer": 14.29, "transformer_2": 14.29, "text_encoder": 5.68},
     "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2.567, "text_encoder_2": 0.695},
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 0.860, "text_encoder": 0.123, "vae": 0.084},
+    "stabilityai/stable-diffusion-2-1": {"unet": 0.866, "text_encoder": 0.340, "vae": 0.084},
 }
 REAL = (
     "flux_mix_grpo",
@@ -232,6 +238,19 @@ def test_operations_are_those_of_the_products():
     assert alive.kept == q.nbytes + 4 * 2 * 3 * 7  # the output and a number a query, no matrix of scores
 
 
+def test_operations_are_those_of_the_counter_of_torch():
+    network = nn.Sequential(nn.Conv2d(4, 6, 3, stride=2), nn.Flatten(2), nn.Linear(9, 5)).to("meta")
+
+    def run():
+        found = network(torch.empty(2, 4, 8, 8, device="meta"))
+        return torch.baddbmm(found, found @ found.mT, found)
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    products = 2 * 6 * (9 * 36 + 9 * 5 + 2 * 6 * 5)
+    assert live_bytes(network, run).flops == counter.get_total_flops() == 2 * products
+
+
 @pytest.mark.slow
 def test_checkpointing_saves_and_a_larger_minibatch_costs_in_proportion():
     policy = blank_policy(settings(), Noise())
@@ -341,6 +360,12 @@ def test_every_recipe_of_a_real_model_stands_in_the_table_of_models():
         assert read_blueprint(model).pipeline == pipeline
 
 
+def test_the_table_of_plans_has_a_row_for_every_recipe_of_a_real_model():
+    table = (ROOT / "docs/planning.md").read_text().split(HEAD)[1].split("\n\n")[0]
+    told = [line.split("`")[1] for line in table.splitlines()]
+    assert told == [recipe for recipes in catalog.RECIPES.values() for recipe in recipes]
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name in QUICK else pytest.mark.nightly) for name in REAL],
@@ -354,6 +379,35 @@ def test_a_recipe_of_a_real_model_is_right_as_far_as_can_be_known(name, monkeypa
     assert found.memory[enough].peak < 80 * GIB * (1 - RESERVED)
     assert found.work.seconds > 1
     assert "to sample" in told["forwards an iteration"]
+    assert row(name, config, found) in Path("docs/planning.md").read_text(), "run scripts/plan_recipes.py"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "latent"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "4 x 64 x 64"),
+        ("stabilityai/stable-diffusion-2-1", "4 x 96 x 96"),
+    ],
+)
+def test_stable_diffusion_has_a_plan_at_its_own_size(model, latent, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = [f"policy.model={model}", "policy.height=null", "policy.width=null"]
+    told, found = rehearse(load_config("assets/recipes/sdxl_ddpo.yaml", given), gpus=8)
+    assert told["latent"] == latent
+    assert found.memory["ddp"].peak < 16 * GIB * (1 - RESERVED)
+
+
+@pytest.mark.nightly
+def test_a_row_of_wan_a14b_passes_one_of_its_experts(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = ["policy.model=Wan-AI/Wan2.2-T2V-A14B-Diffusers"]
+    told, found = rehearse(load_config("assets/recipes/wan22_nft.yaml", given), gpus=8)
+    assert told["latent"] == "16 x 11 x 60 x 104"
+    tokens = 11 * 30 * 52
+    one = 2 * tokens * (14.29e9 + 2 * tokens * 5120 * 40)  # its weights, and attention in 40 layers
+    assert 0.85 < found.measured.forward_flops / one < 1
+    assert found.measured.parameters - found.measured.trained == pytest.approx(2 * 14.29e9, rel=0.01)
 
 
 # What is largest in a run, as settings of lab_diffusion_nft; those of a larger model are with "middle".

@@ -1529,11 +1529,11 @@ def sana() -> Any:
     )
 
 
-def dreamlite() -> Any:
+def dreamlite(kind: str = "DreamLitePipeline") -> Any:
     import diffusers
 
     tokens = words_tokenizer(known="describe the image by detailing color shape size texture and background")
-    return diffusers.DreamLitePipeline(
+    return getattr(diffusers, kind)(
         text_encoder=qwen3_vl("Qwen3VLForConditionalGeneration", tokens, 2),
         tokenizer=tokens,
         processor=qwen3_processor(tokens),
@@ -2192,6 +2192,16 @@ FAMILIES = {
         {"max_sequence_length": 200},
         one_by_one=True,
         alone=True,
+        loads_lora=False,
+    ),
+    "DreamLiteMobilePipeline": Row(
+        lambda: dreamlite("DreamLiteMobilePipeline"),
+        lambda s: {},
+        {"max_sequence_length": 200},
+        one_by_one=True,
+        alone=True,
+        negative=False,
+        true_guidance=False,
         loads_lora=False,
     ),
     "OmniGenPipeline": Row(
