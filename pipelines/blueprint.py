@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,16 +249,20 @@ def _blank_mask(index: Any) -> bool:
     return isinstance(index, torch.Tensor) and index.is_meta and index.dtype == torch.bool
 
 
-def supposing(policy: FlowPolicy) -> Supposing:
+READING = ("HiDreamImagePipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15Pipeline")
+
+
+def supposing(policy: FlowPolicy) -> AbstractContextManager[object]:
     """What to run a policy without weights under, forwards and what checkpointing computes again.
 
-    Tokens are shared out evenly among the experts of a mixture, and texts fill their length. HunyuanVideo 1.5
-    asks whether it is without a picture.
+    Of pipelines whose network reads what its tensors hold: tokens are shared out evenly among the experts of
+    a mixture, and texts fill their length. HunyuanVideo 1.5 asks whether it is without a picture.
     """
     adapter = policy.adapter
-    return Supposing(
-        1 / adapter.config.get("num_routed_experts", 1), not getattr(adapter, "needs_pictures", False)
-    )
+    if type(adapter.pipeline).__name__ not in READING:
+        return nullcontext()
+    share = 1 / adapter.config.get("num_routed_experts", 1)
+    return Supposing(share, answer=not getattr(adapter, "needs_pictures", False))
 
 
 class _Counting:

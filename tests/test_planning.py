@@ -64,7 +64,7 @@ REAL = (
 )
 
 
-QUICK = ("sd35_diffusion_nft",)  # the others take most of a minute each
+QUICK = ("hunyuan_dance_grpo", "sd35_diffusion_nft", "wan21_flow_grpo", "z_image_nft")  # others take 10 s to 40
 
 
 def settings(**given) -> PolicySettings:
