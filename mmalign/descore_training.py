@@ -43,7 +43,6 @@ from mmalign.pipelines.videos import open_video
 from mmalign.pipelines.vlm import LINEAR, linears
 from mmalign.randomness import generator, seed_of
 from mmalign.records import Evaluation
-from mmalign.rewardmodels.clip import Precision
 from mmalign.rewardmodels.descore import (
     ADAPTER,
     ADAPTER_SAID,
@@ -55,6 +54,7 @@ from mmalign.rewardmodels.descore import (
     settings_of,
     shown_of,
 )
+from mmalign.rewardmodels.precisions import Precision
 from mmalign.rewardmodels.training_state import Row, TrainingState, fingerprint
 
 PAIRS = "pairs.jsonl"

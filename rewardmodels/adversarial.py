@@ -34,6 +34,7 @@ from mmalign.records import Outcome, RewardSignal
 from mmalign.rewardmodels.conse import CPU_BATCH
 from mmalign.rewardmodels.features import Classifier, Tower, load_features
 from mmalign.rewardmodels.inputs import pictures
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 Loss = Literal["hinge", "logistic", "pairwise"]
 LEAST = 8  # references; a quarter of them are anchors
@@ -56,6 +57,8 @@ class Adversarial:
     # Folder (also of .tar shards), zip or .tar of pictures to look like; of another style to transfer it.
     references: str
     features: str = "efficientnet"  # what the critic sees: pixels, efficientnet, or a model (see features.py)
+    # Of the features' network; bf16 or fp16 are faster on a GPU. The head, and its training, stay in fp32.
+    precision: Precision = "fp32"
     loss: Loss = "hinge"  # hinge stops at a margin, logistic never does, pairwise compares one with one
     local: float = 0.3  # weight of places beside the whole; raise it where flaws are small
     patches: int = 16  # places that are kept of a picture to learn from; more take more memory
@@ -97,8 +100,9 @@ class Adversarial:
         self._files = files_of(self.references)
         for file in self._files:
             open_picture(file)  # one that cannot be read is found now
+        self._dtype = dtype_of(self.name, self.precision)
         self._device = torch.device("cpu")
-        self._backbone = backbone(self.features, self._device)
+        self._backbone = backbone(self.features, self._device, self._dtype)
         with torch.no_grad():
             dims = self._tokens(torch.zeros(1, 3, 64, 64)).shape[-1]
         with torch.random.fork_rng(devices=[]):
@@ -283,7 +287,7 @@ class Adversarial:
         """
         if images.device != self._device:
             self._device = images.device
-            self._backbone = backbone(self.features, self._device)
+            self._backbone = backbone(self.features, self._device, self._dtype)
         images = images + ((images * 255).round() / 255 - images).detach()  # gradients pass the rounding
         size = CPU_BATCH if images.device.type == "cpu" else self.batch
         parts = [self._backbone(part) for part in torch.split(images, size)]
@@ -373,11 +377,14 @@ def thinned(tokens: Tensor, patches: int, random: torch.Generator) -> Tensor:
     return tokens[:, torch.cat([places.new_zeros(1), places])]
 
 
-def backbone(features: str, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Pictures [n, 3, H, W] to the features of the whole and of places, [n, 1 + places, D]."""
+def backbone(features: str, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Pictures [n, 3, H, W] to the features of the whole and of places, [n, 1 + places, D].
+
+    dtype: of its network, where it has one; the features are float32.
+    """
     if features == "pixels":
         return tiles
-    found = load_features(features, device)
+    found = load_features(features, device, dtype)
     assert isinstance(found, Classifier | Tower)
     tokens: Callable[[Tensor], Tensor] = found.tokens
     return tokens

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mmalign.records import Masks, Outcome, RewardSignal, Unit
 from mmalign.rewardmodels.features import Tower
 from mmalign.rewardmodels.inputs import pictures
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 HEADS, SAID = "heads.safetensors", "detector.json"
 Grain = Literal["sample", "region"]
@@ -101,6 +102,7 @@ class Artifact:
 
     detector: str = "assets/lab/artifact"  # folder that scripts/artifacts.py train wrote
     grain: Grain = "sample"  # a verdict on the whole, or on each place
+    precision: Precision = "fp32"  # of the tower; bf16 or fp16 are faster on a GPU, its heads stay in fp32
     batch: int = 64  # pictures at once; lower it for less memory
     name = "artifact"
 
@@ -109,7 +111,9 @@ class Artifact:
             raise ValueError(f"artifact: grain must be one of sample, region, got {self.grain!r}")
         if self.batch < 1:
             raise ValueError(f"artifact: batch must be at least 1, got {self.batch}")
+        dtype = dtype_of(self.name, self.precision)
         self._detector = Detector.load(self.detector)
+        self._detector.network.to(dtype)
 
     @torch.no_grad()
     def __call__(self, outcome: Outcome) -> RewardSignal:

@@ -18,8 +18,9 @@ from mmalign.pictures import open_picture
 from mmalign.records import Outcome, RewardSignal
 from mmalign.rewardmodels.caption_judges import captions
 from mmalign.rewardmodels.caption_overlap import references_of
-from mmalign.rewardmodels.clip import Precision, Towers
+from mmalign.rewardmodels.clip import Towers
 from mmalign.rewardmodels.inputs import extras
+from mmalign.rewardmodels.precisions import Precision
 
 WEIGHT = 2.5
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,7 @@ from torch.nn import functional as F
 from mmalign.records import Outcome, RewardSignal
 from mmalign.rewardmodels.formats import clip_names, is_open_clip, read_open_clip
 from mmalign.rewardmodels.inputs import pictures, texts
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Precision = Literal["fp32", "bf16", "fp16"]
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 
 class Prepared:
@@ -77,15 +75,14 @@ class Towers:
     def __init__(self, name: str, model: str, processor: str | None, precision: Precision) -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        if precision not in DTYPES:
-            raise ValueError(f"{name}: precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+        dtype = dtype_of(name, precision)
         try:
             self.model: Any
             if is_open_clip(model):
-                self.model, prepare = read_open_clip(model, DTYPES[precision])
+                self.model, prepare = read_open_clip(model, dtype)
             else:
                 with torch.random.fork_rng(devices=[]):
-                    self.model = AutoModel.from_pretrained(model, dtype=DTYPES[precision])
+                    self.model = AutoModel.from_pretrained(model, dtype=dtype)
                 prepare = AutoImageProcessor.from_pretrained(processor or model)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(processor or model)
             self.prepare = Prepared(prepare.to_dict())

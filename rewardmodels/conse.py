@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,8 @@ from torch.nn.functional import interpolate, normalize
 
 from mmalign.records import Outcome, RewardSignal
 from mmalign.rewardmodels.inputs import pictures, texts
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
-Precision = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIDE = 224  # pixels the classifier looks at
 MEAN, STD = 127 / 255, 128 / 255  # of the Lite family, unlike the other EfficientNets
 LONGEST = 256  # tokens of a sentence; the embeddings were trained with no more
@@ -49,14 +48,13 @@ class ConSE:
             raise ValueError(f"conse: top must lie in 1..1000, the number of classes, got {self.top}")
         if "{}" not in self.template:
             raise ValueError(f"conse: template must hold {{}} for the class name, got {self.template!r}")
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"conse: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
+        self._dtype = dtype_of(self.name, self.precision)
         if self.batch < 1:
             raise ValueError(f"conse: batch must be at least 1, got {self.batch}")
         with torch.random.fork_rng(devices=[]):  # weights are drawn before they are loaded
             self._classifier, self._names = load_classifier()
             self._encoder, self._tokenizer = load_encoder()
-        self._classifier.to(DTYPES[self.precision]).to(memory_format=torch.channels_last)
+        self._classifier.to(self._dtype).to(memory_format=torch.channels_last)
         self._classes = embed_sentences(
             self._encoder, self._tokenizer, [self.template.replace("{}", name) for name in self._names]
         )
@@ -80,7 +78,7 @@ class ConSE:
 
     def classify(self, images: Tensor) -> Tensor:
         """Probability of every class [B, 1000] for pictures [B, 3, H, W] in [0, 1]."""
-        seen = view(images).to(DTYPES[self.precision], memory_format=torch.channels_last)
+        seen = view(images).to(self._dtype, memory_format=torch.channels_last)
         logits: Tensor = self._classifier(seen)
         return logits.float().softmax(1)
 

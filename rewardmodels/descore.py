@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmalign.records import Outcome, RewardSignal
-from mmalign.rewardmodels.clip import DTYPES, Precision
 from mmalign.rewardmodels.inputs import frames, texts
+from mmalign.rewardmodels.precisions import DTYPES, Precision, dtype_of
 from mmalign.rewardmodels.vlm_head import as_bytes
 
 SAID, HEAD, ADAPTER, ADAPTER_SAID = (
@@ -318,8 +318,7 @@ class DeScore:
     name = "descore"
 
     def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
-            raise ValueError(f"descore: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
+        dtype_of(self.name, self.precision)
         if self.batch < 1 or self.cached < 0:
             raise ValueError(
                 f"descore: batch must be at least 1 and cached 0 or more, got {self.batch}, {self.cached}"

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmalign.rewardmodels.clip import DTYPES, Precision, padded
+from mmalign.rewardmodels.clip import padded
+from mmalign.rewardmodels.precisions import DTYPES, Precision
 from mmalign.rewardmodels.tfjs import Graph
 
 MOST = 16  # boxes of a class

@@ -31,29 +31,32 @@ from mmalign.rewardmodels.formats import (
 Extract = Callable[[Tensor], Tensor]  # pictures [n, 3, H, W] in [0, 1] to features [n, D]
 
 
-def load_features(name: str, device: str | torch.device = "cpu") -> Extract:
-    """The features of that name; ValueError where there are none."""
+def load_features(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Extract:
+    """The features of that name, float32 from a network in `dtype`; ValueError where there are none."""
     if name == "efficientnet":
-        return Classifier(device)
+        return Classifier(device, dtype)
     if "/" not in name and not Path(name).exists():
         raise ValueError(f"there are no features {name!r}; pixels, efficientnet, or the folder of a model")
-    return Tower(name, device)
+    return Tower(name, device, dtype)
 
 
 class Classifier:
     """What EfficientNet-Lite0 has pooled before it names a class, [n, 1280]."""
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
+    def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> None:
         with torch.random.fork_rng(devices=[]):
             network = load_classifier()[0]
-        self._network, self._device = network.to(device).eval(), device
+        self._network = network.to(device, dtype).eval()
+        self._device, self._dtype = device, dtype
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.tokens(images)[:, 0]
 
     def tokens(self, images: Tensor) -> Tensor:
         """The mean over places and then each of the 7 x 7 places, [n, 50, 1280]."""
-        found: Tensor = self._network.extract_features(view(images.to(self._device)))
+        found: Tensor = self._network.extract_features(view(images.to(self._device)).to(self._dtype))
         places = found.float().flatten(2)
         return torch.cat([places.mean(2, keepdim=True), places], 2).transpose(1, 2)
 
@@ -64,7 +67,9 @@ class Tower:
     Size, mean and deviation are those of its preprocessor_config.json; pictures are resized to a square.
     """
 
-    def __init__(self, model: str, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, model: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         from transformers import AutoImageProcessor, AutoModel
 
         mean, deviation, side = [0.5] * 3, [0.5] * 3, None
@@ -79,7 +84,7 @@ class Tower:
             network, told = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
             if any(key.startswith("pooler.") for key in told["missing_keys"]):
                 network.pooler = None  # it has no weights, as in ViTs of timm
-        self._model: Any = network.to(device).eval().requires_grad_(False)
+        self._model: Any = network.to(device, dtype).eval().requires_grad_(False)
         vision = getattr(self._model.config, "vision_config", self._model.config)
         self._device = device
         self._patch: int | None = getattr(vision, "patch_size", None)
@@ -131,7 +136,7 @@ class Tower:
         shown = interpolate(images.to(self._device).float(), size, mode="bicubic", antialias=True).clamp(0, 1)
         seen = (shown - self._mean) / self._std
         tower = getattr(self._model, "vision_model", self._model)
-        out = tower(pixel_values=seen)
+        out = tower(pixel_values=seen.to(self._model.dtype))
         pooled = getattr(out, "pooler_output", None)
         found: Tensor = out.last_hidden_state[:, 0] if pooled is None else pooled
         return found.float().flatten(1), out.last_hidden_state

@@ -14,6 +14,7 @@ from mmalign.contracts import ReadsAhead
 from mmalign.records import Outcome, Prompts, RewardSignal, Unit
 from mmalign.rewardmodels.features import load_features
 from mmalign.rewardmodels.inputs import frames, of_frames
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 Grain = Literal["frame", "sample"]
 
@@ -82,6 +83,7 @@ class TemporalConsistency:
 
     model: str = "facebook/dinov2-base"  # image model of transformers, or efficientnet
     grain: Grain = "sample"  # frame: each has its own verdict, the first that of the second
+    precision: Precision = "fp32"  # of the network; bf16 or fp16 are faster on a GPU
     batch: int = 32  # frames at once; lower it for less memory
     name = "temporal_consistency"
 
@@ -90,10 +92,14 @@ class TemporalConsistency:
             raise ValueError(f"temporal_consistency: batch must be at least 1, got {self.batch}")
         if self.grain not in get_args(Grain):
             raise ValueError(f"temporal_consistency: grain must be frame or sample, got {self.grain!r}")
+        self._dtype = dtype_of(self.name, self.precision)
         try:
-            self._features, self._device = load_features(self.model), torch.device("cpu")
+            self._load(torch.device("cpu"))
         except OSError as error:
             raise ValueError(f"temporal_consistency: model {self.model} does not load: {error}") from error
+
+    def _load(self, device: torch.device) -> None:
+        self._features, self._device = load_features(self.model, device, self._dtype), device
 
     @torch.no_grad()
     def __call__(self, outcome: Outcome) -> RewardSignal:
@@ -101,7 +107,7 @@ class TemporalConsistency:
         if videos.shape[1] < 2:
             raise ValueError("temporal_consistency: one frame has nothing to be consistent with")
         if videos.device != self._device:  # it runs where the videos are
-            self._features, self._device = load_features(self.model, videos.device), videos.device
+            self._load(videos.device)
         flat = videos.flatten(0, 1)
         seen = torch.cat([self._features(part) for part in torch.split(flat, self.batch)])
         values = consistency(F.normalize(seen, dim=1).reshape(*videos.shape[:2], -1))

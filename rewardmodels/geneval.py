@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from mmalign.records import Outcome, RewardSignal
-from mmalign.rewardmodels.clip import DTYPES, Precision, Towers
+from mmalign.rewardmodels.clip import Towers
 from mmalign.rewardmodels.detectors import Detects, load_detector
 from mmalign.rewardmodels.inputs import extras, pictures
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 Measure = Literal["strict", "soft"]
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -66,8 +67,7 @@ class GenEval:
         for setting in ("threshold", "counting", "overlap"):
             if (value := getattr(self, setting)) is not None and not 0 <= value <= 1:
                 raise ValueError(f"geneval: {setting} must lie in [0, 1], got {value}")
-        if self.precision not in DTYPES:
-            raise ValueError(f"geneval: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
+        dtype_of(self.name, self.precision)
         least = self.threshold if self.counting is None else min(self.threshold, self.counting)
         self.detects: Detects = load_detector(self.model, self.precision, least, self.overlap)
         self._counting = max(self.threshold, self.detects.sure) if self.counting is None else self.counting

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mmalign.records import Outcome, RewardSignal
-from mmalign.rewardmodels.clip import DTYPES, Precision, Prepared, linear_layers, read_state
+from mmalign.rewardmodels.clip import Prepared, linear_layers, read_state
 from mmalign.rewardmodels.inputs import pictures, texts
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output over the paper's pictures
 LONGEST = 35  # tokens of a prompt
@@ -46,19 +47,14 @@ class ImageReward:
 
         if self.batch < 1:
             raise ValueError(f"image_reward: batch must be at least 1, got {self.batch}")
-        if self.precision not in DTYPES:
-            raise ValueError(
-                f"image_reward: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}"
-            )
+        dtype = dtype_of(self.name, self.precision)
         state = read_state(self.name, Path(self.weights))
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(self.tokenizer)
         except (OSError, ValueError) as error:
             raise ValueError(f"image_reward: tokenizer {self.tokenizer} does not load: {error}") from error
         try:
-            self._sees, self._reads = (
-                network.to(DTYPES[self.precision]) for network in (sight(state), reading(state))
-            )
+            self._sees, self._reads = (network.to(dtype) for network in (sight(state), reading(state)))
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"image_reward: {self.weights} is no ImageReward: {error}") from error
         head = {key: value for key, value in state.items() if key.startswith(HEAD)}

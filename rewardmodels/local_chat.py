@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmalign.rewardmodels.clip import DTYPES, Precision
 from mmalign.rewardmodels.endpoint import Answer, Question
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 BASE64 = ";base64,"
 
@@ -37,16 +37,13 @@ class LocalChat:
     def __post_init__(self) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        if self.precision not in DTYPES:
-            raise ValueError(f"judge: precision must be one of {', '.join(DTYPES)}, got {self.precision!r}")
+        dtype = dtype_of("judge", self.precision)
         for name in ("longest", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"judge: {name} must be at least 1, got {getattr(self, name)}")
         try:
             self._processor: Any = AutoProcessor.from_pretrained(self.model)
-            self._network: Any = AutoModelForImageTextToText.from_pretrained(
-                self.model, dtype=DTYPES[self.precision]
-            )
+            self._network: Any = AutoModelForImageTextToText.from_pretrained(self.model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(f"judge: model {self.model} does not load: {error}") from error
         if self._processor.chat_template is None:

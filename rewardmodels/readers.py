@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mmalign.rewardmodels.clip import DTYPES
+from mmalign.rewardmodels.precisions import DTYPES
 from mmalign.rewardmodels.questions import LETTERS, ask
 
 UNKNOWN = "This cannot be told from the description."  # the choice of a reader that finds no answer

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.records import Outcome, RewardSignal, Unit
-from mmalign.rewardmodels.clip import DTYPES, Precision, read_state
+from mmalign.rewardmodels.clip import read_state
 from mmalign.rewardmodels.inputs import frames, pictures, texts
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 PROMPT = "{text_prompt}"  # where the prompt stands in an instruction
 VIDEO_SCORES = ("visual_quality", "motion_quality", "text_alignment")
@@ -49,8 +50,7 @@ class HeadedVLM:
     ) -> None:
         from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
-        if precision not in DTYPES:
-            raise ValueError(f"{name}: precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+        dtype = dtype_of(name, precision)
         if not Path(template).is_file():
             raise ValueError(
                 f"{name}: there is no template {template}; it holds the instruction that the weights were "
@@ -62,9 +62,7 @@ class HeadedVLM:
         state = plain_names(merged(name, read_state(name, Path(weights)), lora_alpha))
         try:
             self._processor: Any = AutoProcessor.from_pretrained(model)
-            self._network: Any = Qwen2VLForConditionalGeneration.from_pretrained(
-                model, dtype=DTYPES[precision]
-            )
+            self._network: Any = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: model {model} does not load: {error}") from error
         words = self._processor.tokenizer

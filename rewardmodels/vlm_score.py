@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mmalign.contracts import Media
 from mmalign.records import Outcome, Prompts, RewardSignal
-from mmalign.rewardmodels.clip import DTYPES, Precision
 from mmalign.rewardmodels.endpoint import Endpoint, Question, said, shown
 from mmalign.rewardmodels.inputs import pictures, texts
+from mmalign.rewardmodels.precisions import Precision, dtype_of
 
 
 class YesNo:
@@ -39,11 +39,10 @@ class YesNo:
     ) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        if precision not in DTYPES:
-            raise ValueError(f"{name}: precision must be one of {', '.join(DTYPES)}, got {precision!r}")
+        dtype = dtype_of(name, precision)
         try:
             self._processor: Any = AutoProcessor.from_pretrained(model)
-            self._model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=DTYPES[precision])
+            self._model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: model {model} does not load: {error}") from error
         self._model.eval().requires_grad_(False)

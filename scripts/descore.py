@@ -47,8 +47,8 @@ from mmalign.lab.clip_pairs import Judged, draw_pair, looked_at, reason
 from mmalign.lab.clips import render_clip
 from mmalign.lab.pretrain_watcher import WatcherPretraining, pretrain_watcher
 from mmalign.lab.scenes import CANVAS
-from mmalign.rewardmodels.clip import DTYPES
 from mmalign.rewardmodels.descore import Thinker, ThinkerSettings
+from mmalign.rewardmodels.precisions import DTYPES
 
 STAGES = {1: ColdStart, 2: DualRL}
 

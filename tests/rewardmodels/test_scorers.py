@@ -17,9 +17,9 @@ from mmalign.contracts import DifferentiableReward
 from mmalign.pairwise import win_rates
 from mmalign.records import Outcome, Prompts
 from mmalign.rewardmodels import load
-from mmalign.rewardmodels.clip import DTYPES
 from mmalign.rewardmodels.endpoint import shown
 from mmalign.rewardmodels.ocr import OcrAccuracy, accuracy, closest
+from mmalign.rewardmodels.precisions import DTYPES
 from mmalign.rewardmodels.vlm_score import ArtifactQuestion, VlmPreference, VlmScore, picture_of, preferred
 from mmalign.testing import check_reward
 
