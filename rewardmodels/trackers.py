@@ -62,6 +62,9 @@ class TemplateTracker:
         if not start.any():
             return Track(masks, visible)
         frames, start = frames.float().cpu(), start.cpu()
+        salient, plain = standing_out(frames[0])
+        if plain and bool((salient & start).any()):  # a box is more than the subject in it
+            start = salient & start
         masks[0], visible[0] = start, True
         box = box_of(start, margin=1)
         first = last = frames[0, :, box.top : box.bottom, box.left : box.right]

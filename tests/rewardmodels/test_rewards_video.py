@@ -298,6 +298,20 @@ def test_a_box_names_the_subject():
             Identity().terms(video(clip), {"box": bad})
 
 
+def test_of_a_box_the_subject_in_it_is_followed():
+    """A frozen clip does not move because its box is wider than what is in it."""
+    for _, clip in clips(6):
+        thing = clip.frames[0].things[0]
+        sides = [place + sign * (thing.extent + 2) for sign in (-1, 1) for place in (thing.x, thing.y)]
+        box = {"box": [min(1.0, max(0.0, side / 64)) for side in sides]}
+        shown = video(clip)
+        boxed, found = (Identity().terms(shown, extra)[0] for extra in (box, {}))
+        for name in TERMS:
+            assert getattr(boxed, name) == pytest.approx(getattr(found, name), abs=0.15), name
+        (frozen,) = Identity().terms(shown[:1].expand(9, -1, -1, -1), box)
+        assert frozen.gate == 0
+
+
 def test_several_references_are_refused_and_not_passed_over():
     rng = random.Random(1)
     clip = compose_clip(sample_clip_task(rng, "two_motions"), rng)
