@@ -22,20 +22,19 @@ from mmalign import __version__, checkpoints, grids, report
 from mmalign.composition import Composer, Schedule
 from mmalign.compositions import Centered
 from mmalign.config import ConfigError, RunConfig
-from mmalign.contracts import PairwiseReward, PolicySettings, ReadsAhead, Reward, Writes
+from mmalign.contracts import PolicySettings, ReadsAhead, Reward, Writes
 from mmalign.copies import numel
 from mmalign.coupling import Coupled
 from mmalign.data import Prompt, PromptSource, read_prompts
 from mmalign.distributed import Distributed
 from mmalign.evaluation import Evaluator, Shown, repeat
-from mmalign.pairwise import win_rates
 from mmalign.pipelines import CaptionPolicy, pipeline_class
 from mmalign.pipelines import load as load_policy
 from mmalign.pipelines.flow import FlowPolicy
 from mmalign.plans import forwards
 from mmalign.records import Outcome, Plan, Split
 from mmalign.rewardmodels import load as load_reward
-from mmalign.scoring import Scorer, judge
+from mmalign.scoring import Scorer, verdict
 from mmalign.sde import Noise
 from mmalign.subjects import seen_references
 from mmalign.tracking import METRICS, ROLLOUTS, SAMPLES, NoTracker, RunTracker, Tracker
@@ -347,7 +346,7 @@ def probe(rewards: Sequence[Reward], policy: FlowPolicy | CaptionPolicy, evaluat
     policy.forwards.sample = before
     for reward in rewards:
         shown = Outcome(prompts, media)
-        _, reasons = win_rates(reward, shown) if isinstance(reward, PairwiseReward) else judge(reward, shown)
+        _, reasons = verdict(reward, shown)
         raised = [reason for reason in reasons if not reason.startswith("the value is not finite")]
         if raised and sum(reasons.values()) == len(prompts):
             raise ConfigError(f"reward {reward.name!r} fails on what this policy draws: {raised[0]}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmalign.assembly import Run, assemble, device_name
 from mmalign.config import RunConfig
-from mmalign.contracts import LearnedReward, PairwiseReward, RewardModel
+from mmalign.contracts import LearnedReward, RewardModel, judges_alone
 from mmalign.health import Clock
 from mmalign.pipelines.captioner import CaptionPolicy
 from mmalign.planning import Live
@@ -115,7 +115,9 @@ def instrument(run: Run, watch: Stopwatch) -> None:
     if trainer.settings.overlap > 1:
         return  # rewards work beside the network; what they cost is what is waited for
     trainer.scorer.rewards = [
-        reward if isinstance(reward, LearnedReward | PairwiseReward) else TimedReward(reward, watch)
+        TimedReward(reward, watch)
+        if judges_alone(reward) and not isinstance(reward, LearnedReward)
+        else reward
         for reward in trainer.scorer.rewards
     ]
 
@@ -174,7 +176,7 @@ def measure_overlap(config: RunConfig, parts: int, iterations: int = 4, warmup: 
     training = replace(config.training, iterations=10**6, save_every=0, noise_floor="warn", overlap=1)
     run = assemble(replace(config, training=training), write=False)
     trainer, samples = run.trainer, config.prompts.per_iteration * config.prompts.group
-    first, *others = (reward for reward in trainer.scorer.rewards if not isinstance(reward, PairwiseReward))
+    first, *others = (reward for reward in trainer.scorer.rewards if judges_alone(reward))
     delayed = Delayed(first, trainer.clock)
     trainer.scorer.rewards = [delayed, *others]
 

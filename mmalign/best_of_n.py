@@ -14,7 +14,7 @@ import torch
 
 from mmalign.charts import Line, figure
 from mmalign.config import ConfigError
-from mmalign.contracts import PairwiseReward, RewardModel
+from mmalign.contracts import RewardModel, judges_alone
 from mmalign.data import Prompt
 from mmalign.evaluation import bootstrap, no_nan, spread
 from mmalign.frontier import Frontier, Point, best_of_n, frontier, path_kl
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace) -> Baseline:
 
 def judges(rewards: Sequence[RewardModel]) -> list[RewardModel]:
     """The rewards that can choose; the first one does."""
-    able = [reward for reward in rewards if not isinstance(reward, PairwiseReward)]
+    able = [reward for reward in rewards if judges_alone(reward)]
     if not able:
         raise ConfigError(
             "best-of-n needs a reward that scores pictures one by one: --rewards NAME [NAME ...]"

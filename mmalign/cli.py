@@ -257,6 +257,10 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
     server.add_argument(
         "rewards", nargs="+", metavar="NAME", help="rewards, as name or 'name={setting: value}'"
     )
+    server.add_argument(
+        "--learned", type=Path, metavar="RUN", help="folder of a run that has taught the rewards that learn"
+    )
+    server.add_argument("--device", default="", help="where pictures are judged (default: the accelerator)")
     server.add_argument("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
     server.add_argument("--port", type=int, default=8100, help="port to listen at (default 8100)")
     server.add_argument(
@@ -628,9 +632,11 @@ def serve_command(options: argparse.Namespace) -> int:
 
     def ready() -> tuple[Any, serving.ServingSettings]:
         token = options.token or os.environ.get("MMALIGN_REWARD_TOKEN", "")
-        settings = serving.ServingSettings(token, options.megabytes, options.outcomes, options.waiting)
+        settings = serving.ServingSettings(
+            token, options.megabytes, options.outcomes, options.waiting, device=options.device
+        )
         given = subjects.named_rewards(options.rewards) or {}
-        rewards = subjects.make(given)
+        rewards = [serving.freeze(reward, options.learned) for reward in subjects.make(given)]
         made = [(reward, one.settings) for reward, one in zip(rewards, given.values(), strict=True)]
         return serving.application(made, settings), settings
 

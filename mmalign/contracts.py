@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, TypeGuard, get_args, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -208,7 +208,24 @@ class PairwiseReward(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupReward(Protocol):
+    """A reward that may need the whole group of a sample to judge it, as a judge of pairs elsewhere does."""
+
+    name: str
+    compares: bool  # whether it does; else it judges each sample by itself
+
+    def __call__(self, outcome: Outcome) -> RewardSignal: ...
+
+
 Reward = RewardModel | PairwiseReward
+
+
+def judges_alone(reward: Reward) -> TypeGuard[RewardModel]:
+    """Whether a reward has a verdict on a sample by itself, without the others of its group."""
+    return not isinstance(reward, PairwiseReward) and not (
+        isinstance(reward, GroupReward) and reward.compares
+    )
 
 
 @runtime_checkable

@@ -28,10 +28,10 @@ from mmalign.contracts import (
     Key,
     KnowsReferences,
     Media,
-    PairwiseReward,
     Reward,
     RewardModel,
     Writes,
+    judges_alone,
 )
 from mmalign.data import Prompt
 from mmalign.distances import Distances, Extract, compare, extracted, kid_parts
@@ -564,7 +564,7 @@ class Evaluator:
         self.extract, self.references = extract, references
         self.prompts = [prompts[place] for place in spread(len(prompts), settings.prompts)]
         # A judge of pairs has no verdict on a picture by itself.
-        self.rewards = [reward for reward in rewards if not isinstance(reward, PairwiseReward)]
+        self.rewards = [reward for reward in rewards if judges_alone(reward)]
         self.settings, self.distributed = settings, distributed
         self.on_grid = spread(len(self.prompts), min(settings.show, len(self.prompts)))
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mmalign.contracts import PairwiseReward, Reward, RewardError, RewardModel
+from mmalign.contracts import PairwiseReward, Reward, RewardError, RewardModel, judges_alone
 from mmalign.credit import Gather, Peers, alone
 from mmalign.pairwise import win_rates
 from mmalign.records import Outcome, RewardSignal
 from mmalign.verdicts import joined
 
-__all__ = ["RewardError", "Scorer", "Scores", "judge", "summarize"]
+__all__ = ["RewardError", "Scorer", "Scores", "judge", "summarize", "verdict"]
 
 Judged = tuple[RewardSignal, Counter[str]]  # a verdict, and why some of it is missing
 Objects = Callable[[Sequence[object]], list[object]]  # gathers objects of all ranks
@@ -60,17 +60,17 @@ class Scorer:
         return self.conclude(outcome, [self.singles(outcome)], gather)
 
     def singles(self, outcome: Outcome) -> list[Judged]:
-        """What all rewards but the judges of pairs say; asks no other process, so any thread may call it."""
+        """What rewards say that judge samples alone; asks no other process, so any thread may call it."""
         ask = map if self._pool is None else self._pool.map
-        rewards = [reward for reward in self.rewards if not isinstance(reward, PairwiseReward)]
+        rewards = [reward for reward in self.rewards if judges_alone(reward)]
         return list(ask(lambda reward: judge(reward, outcome), rewards))
 
     def conclude(self, outcome: Outcome, parts: Sequence[Sequence[Judged]], gather: Gather = alone) -> Scores:
         """Verdicts on own samples from what `singles` gave for the parts of the outcome, in their order."""
         judged = iter([_together(said) for said in zip(*parts, strict=True)])
-        # Judges of pairs ask other processes for members of a group, which must not happen in threads.
+        # Those that compare ask other processes for members of a group, which must not happen in threads.
         found = [
-            win_rates(reward, outcome, gather) if isinstance(reward, PairwiseReward) else next(judged)
+            next(judged) if judges_alone(reward) else verdict(reward, outcome, gather)
             for reward in self.rewards
         ]
         scores = Scores(
@@ -101,6 +101,18 @@ class Scorer:
                         RuntimeWarning,
                         stacklevel=3,
                     )
+
+
+def verdict(reward: Reward, outcome: Outcome, gather: Gather = alone) -> Judged:
+    """The verdict of any reward on own samples; all ranks ask one that compares the members of a group."""
+    if isinstance(reward, PairwiseReward):
+        return win_rates(reward, outcome, gather)
+    if not judges_alone(reward) and not Peers(outcome.prompts, gather).whole():
+        raise RewardError(
+            f"{reward.name!r} compares the members of a group on a server, which must lie on one process: "
+            "make prompts.per_iteration a multiple of the processes"
+        )
+    return judge(reward, outcome)
 
 
 def judge(reward: RewardModel, outcome: Outcome) -> Judged:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmalign.contracts import ReadsAhead
+from mmalign.contracts import ReadsAhead, judges_alone
 from mmalign.records import Outcome, Prompts, RewardSignal, Unit
 from mmalign.rewardmodels.features import load_features
 from mmalign.rewardmodels.inputs import frames, of_frames
@@ -36,7 +36,7 @@ class Framewise:
         if self.grain not in get_args(Grain):
             raise ValueError(f"framewise: grain must be frame or sample, got {self.grain!r}")
         inner = load(self.of, **self.settings)
-        if not callable(inner):
+        if not judges_alone(inner):
             raise ValueError(
                 f"framewise: {self.of} compares pairs, and so cannot be asked about single frames"
             )

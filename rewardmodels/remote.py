@@ -4,7 +4,8 @@ Outcomes are sent in requests of a few samples, several at a time. A request tha
 answered with garbage) goes to the next server after a pause that doubles; one that takes long may be sent to
 a second server as well, and the first good answer counts. A server that failed is asked last for a while.
 Only when every try has failed do its samples lack a verdict. Answers are kept by their content, if a folder
-is named.
+is named. To a judge of pairs whole groups are sent, and kept. A reward that learns is served frozen: it is
+not trained from here.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import random
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mmalign.records import Outcome, Prompts, RewardSignal
+from mmalign.records import Outcome, RewardSignal
 from mmalign.verdicts import joined, rows_of
 from mmalign.wire import WireError, dump_outcome, dump_signal, mapping_of, pack, signal_of, unpack
 
@@ -54,7 +56,8 @@ class Remote:
 
     reward: str  # its name on the servers
     servers: tuple[str, ...]  # their addresses, http://host:port
-    batch: int = 16  # samples a request; lower it where a request takes longer than `timeout`
+    # Samples a request, or one group if that is more; lower it where a request takes longer than `timeout`.
+    batch: int = 16
     parallel: int = 4  # requests at the same time
     timeout: float = 60.0  # seconds after which a request has failed
     retries: int = 4  # further tries of a request that failed
@@ -97,20 +100,30 @@ class Remote:
         self._random = random.Random()  # of pauses alone
         # Requests that lost a race end by themselves, within `timeout`.
         self._requests = ThreadPoolExecutor(4 * self.parallel, "request")
-        self._fingerprint = self._meet()
+        said = self._meet()
+        self._fingerprint, self.compares = str(said["fingerprint"]), bool(said.get("compares"))
+        if said.get("frozen"):
+            warnings.warn(
+                f"reward {self.reward!r} is served frozen: it scores as a run has left it, and learns "
+                "nothing of what pleases it here. Where it is to learn, give it to the run itself",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     @property
     def name(self) -> str:
         return self.reward
 
-    def _meet(self) -> str:
-        """Ask every server what it serves; gives the fingerprint of the reward. One that is down is said."""
+    def _meet(self) -> Mapping[str, object]:
+        """Ask every server what it serves; gives what they say of the reward. One that is down is said."""
         found: dict[str, str] = {}
+        said: Mapping[str, object] = {}
         for server in self._servers:
             try:
                 answer = self._http.get(f"{server.url}/describe", timeout=min(self.timeout, 10.0))
                 answer.raise_for_status()
-                found[server.url] = str(answer.json()["rewards"].get(self.reward, {}).get("fingerprint", ""))
+                said = answer.json()["rewards"].get(self.reward, {})
+                found[server.url] = str(said.get("fingerprint", ""))
             except Exception as error:  # whatever it is, the server is not asked first
                 self._complain(server, f"does not describe itself ({error or type(error).__name__})")
                 server.free = time.monotonic() + self.rest
@@ -122,41 +135,53 @@ class Remote:
             raise ValueError(
                 f"remote: servers differ in {self.reward!r}, by its settings or their version: {found}"
             )
-        return next(iter(found.values()))
+        return said
 
     def __call__(self, outcome: Outcome) -> RewardSignal:
-        rows = range(len(outcome.prompts))
-        keys = [self._key(outcome, row) if self.cache else "" for row in rows]
-        known = {
-            row: signal for row in rows if (signal := self._recall(keys[row], outcome.views)) is not None
-        }
-        parts = list(chunks([row for row in rows if row not in known], self.batch))
+        views, known = outcome.views, dict[int, RewardSignal]()
+
+        def learn(rows: Sequence[int], signal: RewardSignal) -> None:
+            known.update({row: rows_of(signal, place * views, views) for place, row in enumerate(rows)})
+
+        asked, keys = list[list[int]](), dict[int, str]()
+        for rows in self._together(outcome):
+            keys[rows[0]] = self._key(outcome, rows) if self.cache else ""
+            signal = self._recall(keys[rows[0]], len(rows) * views)
+            if signal is None:
+                asked.append(rows)
+            else:
+                learn(rows, signal)
+        parts = list(chunks(asked, self.batch))
         with ThreadPoolExecutor(self.parallel, "remote") as pool:
-            answers = list(pool.map(lambda part: self._judge(outcome, part), parts))
+            answers = list(pool.map(lambda part: self._judge(outcome, [*chain(*part)]), parts))
         for part, (signal, answered) in zip(parts, answers, strict=True):
-            for place, row in enumerate(part):
-                known[row] = rows_of(signal, place * outcome.views, outcome.views)
-                if answered and self.cache:
-                    self._keep(keys[row], known[row])
-        return joined(self.name, [known[row] for row in rows])
+            learn([*chain(*part)], signal)
+            if answered and self.cache:
+                for rows in part:
+                    self._keep(keys[rows[0]], joined(self.name, [known[row] for row in rows]))
+        return joined(self.name, [known[row] for row in range(len(outcome.prompts))])
+
+    def _together(self, outcome: Outcome) -> list[list[int]]:
+        """The samples that must be in one request: each alone, or those of a group in their order."""
+        prompts = outcome.prompts
+        if not self.compares:
+            return [[row] for row in range(len(prompts))]
+        names = list(zip(prompts.group.tolist(), prompts.member.tolist(), strict=True))
+        order = sorted(range(len(names)), key=names.__getitem__)
+        return [list(rows) for _, rows in groupby(order, lambda row: names[row][0])]
 
     def _judge(self, outcome: Outcome, rows: Sequence[int]) -> tuple[RewardSignal, bool]:
         """The verdict on some samples, and whether a server gave it."""
-        views = outcome.views
-        places = torch.tensor([row * views + view for row in rows for view in range(views)])
-        media: Tensor | list[str]
-        if isinstance(outcome.media, Tensor):
-            media = outcome.media[places.to(outcome.media.device)]
-        else:
-            media = [outcome.media[i] for i in places.tolist()]
-        part = Outcome(outcome.prompts.take(torch.tensor(list(rows))), media, views)
-        body = pack({"outcome": dump_outcome(part, self.pixels)})
+        body, count = (
+            pack({"outcome": dump_outcome(at(outcome, rows), self.pixels)}),
+            len(rows) * outcome.views,
+        )
         failed, refused, said = list[Server](), set[str](), ""
         for attempt in range(self.retries + 1):
             if attempt:
                 self._pause(attempt)
             try:
-                signal, asked = self._race(body, len(places), failed[-1:])
+                signal, asked = self._race(body, count, failed[-1:])
             except Unanswered as error:
                 said = str(error)
                 failed.append(error.server)
@@ -165,11 +190,11 @@ class Remote:
                     break
                 continue
             told = {"tries": float(attempt + 1), "hedged": float(asked > 1)}
-            details = signal.details or [{}] * len(places)
+            details = signal.details or [{}] * count
             return replace(signal, details=[{**row, **told} for row in details]), True
-        missing = torch.zeros(len(places), 1, dtype=torch.bool)
+        missing = torch.zeros(count, 1, dtype=torch.bool)
         lost = RewardSignal(
-            self.name, torch.zeros(len(places), 1), valid=missing, details=[{"missing": said}] * len(places)
+            self.name, torch.zeros(count, 1), valid=missing, details=[{"missing": said}] * count
         )
         return lost, False
 
@@ -253,15 +278,13 @@ class Remote:
 
     # Answers that were given before.
 
-    def _key(self, outcome: Outcome, row: int) -> str:
-        """A name for all that the verdict on a sample depends on: reward, prompt, media."""
-        at = slice(row * outcome.views, (row + 1) * outcome.views)
-        prompts = outcome.prompts
-        alone = Prompts(
-            [prompts.text[row]], torch.zeros(1).long(), torch.zeros(1).long(), [prompts.extra[row]]
-        )
-        body = pack(dump_outcome(Outcome(alone, outcome.media[at], outcome.views), self.pixels))
-        return hashlib.sha256(self._fingerprint.encode() + body).hexdigest()
+    def _key(self, outcome: Outcome, rows: Sequence[int]) -> str:
+        """A name for all that the verdict on samples that are judged together depends on."""
+        part, here = at(outcome, rows), torch.arange(len(rows))
+        unnamed = replace(part, prompts=replace(part.prompts, group=torch.zeros_like(here), member=here))
+        return hashlib.sha256(
+            self._fingerprint.encode() + pack(dump_outcome(unnamed, self.pixels))
+        ).hexdigest()
 
     def _file(self, key: str) -> Path:
         return Path(self.cache) / key[:2] / key[2:]
@@ -283,7 +306,24 @@ class Remote:
         beside.replace(path)
 
 
-def chunks(rows: Sequence[int], size: int) -> Iterator[list[int]]:
-    """The rows in parts of at most `size`."""
-    for first in range(0, len(rows), size):
-        yield list(rows[first : first + size])
+def at(outcome: Outcome, rows: Sequence[int]) -> Outcome:
+    """Some samples of an outcome, with all their completions."""
+    places = torch.tensor([row * outcome.views + view for row in rows for view in range(outcome.views)])
+    media: Tensor | list[str]
+    if isinstance(outcome.media, Tensor):
+        media = outcome.media[places.to(outcome.media.device)]
+    else:
+        media = [outcome.media[i] for i in places.tolist()]
+    return Outcome(outcome.prompts.take(torch.tensor(list(rows))), media, outcome.views)
+
+
+def chunks(groups: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
+    """Groups of samples in parts of at most `size` samples, but of one group at least."""
+    part: list[list[int]] = []
+    for group in groups:
+        if part and sum(map(len, part)) + len(group) > size:
+            yield part
+            part = []
+        part.append(group)
+    if part:
+        yield part

@@ -444,6 +444,15 @@ def test_numbers_of_steps_that_are_none_are_refused(capsys):
     assert "takes whole numbers with commas between them, got '5,none'" in capsys.readouterr().err
 
 
+def test_a_critic_is_served_only_as_a_run_has_left_it(tmp_path, capsys):
+    for number in range(8):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    critic = f"adversarial={{references: {tmp_path}, features: pixels}}"
+    assert "served as such a run has left it: --learned RUN" in refused(capsys, "serve-rewards", critic)
+    nothing = ["--learned", str(tmp_path / "run")]
+    assert "there is no folder" in refused(capsys, "serve-rewards", critic, *nothing)
+
+
 def test_an_unknown_recipe_is_refused_with_the_nearest(capsys):
     assert "did you mean 'lab_flow_grpo'" in refused(capsys, "benchmark", "--recipe", "lab_flow_gpro")
 

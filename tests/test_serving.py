@@ -6,18 +6,25 @@ import random
 import socket
 import threading
 import time
+from dataclasses import replace
 from urllib.parse import urlparse
 
 import httpx
 import msgpack
 import pytest
 import torch
+from ranks import Brighter
 from servers import running
 from torch.testing import assert_close
-from toys import Brightness, Redness, names
+from toys import Brightness, Redness, ToyFlow, names, source
 
+from mmalign.algorithms.flow_grpo import FlowGRPO
+from mmalign.contracts import LearnedReward
+from mmalign.pairwise import win_rates
 from mmalign.records import Masks, Outcome, Prompts, RewardSignal, Spans, Steps, Unit, Whole
-from mmalign.serving import ServingSettings, application, fingerprint
+from mmalign.scoring import Scorer
+from mmalign.serving import Frozen, ServingSettings, application, fingerprint, freeze
+from mmalign.trainer import Trainer, TrainingSettings
 from mmalign.wire import WireError, dump_outcome, dump_signal, outcome_of, pack, signal_of, unpack
 
 
@@ -222,15 +229,95 @@ def test_more_requests_than_may_wait_are_told_to_come_again():
         assert next(a for a in found if a.status_code == 503).headers["Retry-After"] == "1"
 
 
-def test_rewards_that_cannot_be_served_are_refused():
-    from ranks import Brighter
+def test_a_judge_of_pairs_answers_by_the_win_rates_of_whole_groups():
+    shown = Outcome(names(2, 3), pictures(6).media)
+    with running(Brighter(), members=3) as server:
+        answer = unpack(post(server, message(shown), "brightness").content)
+        here = win_rates(Brighter(), shown)[0]
+        found = signal_of(answer["verdict"], 6)
+        assert torch.equal(found.values, here.values)
+        assert found.details == here.details
+        assert httpx.get(f"{server.url}/describe").json()["rewards"]["brightness"]["compares"]
+        several = post(server, message(pictures(3, views=2)), "brightness")
+        assert (several.status_code, "one completion a sample" in several.text) == (422, True)
+        large = post(server, message(pictures(4)), "brightness")
+        assert (large.status_code, "at most 3 members" in large.text) == (400, True)
+        twice = replace(shown, prompts=replace(shown.prompts, member=torch.zeros_like(shown.prompts.member)))
+        assert "same group and member" in post(server, message(twice), "brightness").json()["error"]
 
-    with pytest.raises(ValueError, match="judges pairs"):
-        application([(Brighter(), {})])
+
+def test_pictures_are_judged_on_the_device_of_the_server():
+    class Place(Redness):
+        def __call__(self, outcome):
+            seen.append(outcome.media.device.type)
+            return RewardSignal("redness", torch.zeros(len(outcome.prompts), 1))
+
+    seen: list[str] = []
+    with running(Place(), device="meta") as server:
+        assert post(server, message(pictures())).status_code == 200
+    assert seen == ["meta"]
+
+
+def test_rewards_that_cannot_be_served_are_refused():
+    with pytest.raises(ValueError, match="'taught' learns: serve it frozen"):
+        application([(Taught(), {})])
+    with pytest.raises(ValueError, match=r"'taught' learns from the run that it judges; .*--learned RUN"):
+        freeze(Taught(), None)
     with pytest.raises(ValueError, match="names of their own"):
         application([(Redness(), {}), (Redness(), {})])
     with pytest.raises(ValueError, match="megabytes must be positive"):
         ServingSettings(megabytes=0)
+
+
+class Taught(Redness):
+    """A reward that learns how much to add."""
+
+    name = "taught"
+
+    def __init__(self) -> None:
+        self.more = torch.zeros(1)
+
+    def __call__(self, outcome):
+        return RewardSignal("taught", outcome.media[:, 0].flatten(1).mean(1, keepdim=True) + self.more)
+
+    def fit(self, outcome):
+        self.more = self.more + 1
+        return {"more": self.more.item()}
+
+    def state_dict(self):
+        return {"more": self.more}
+
+    def load_state_dict(self, state):
+        self.more = state["more"]
+
+
+def run_of(reward, folder):
+    """A run of two iterations that has taught a reward, and its last checkpoint."""
+    algorithm = FlowGRPO(steps=3, clip=1e-2).build({reward.name: 1.0})
+    settings = TrainingSettings(iterations=2, learning_rate=1e-3, batch=1000, save_every=2)
+    policy, prompts = ToyFlow(algorithm.noise), source(2, 4)
+    Trainer(policy, algorithm, Scorer([reward]), prompts, settings, run_dir=folder).run()
+    return folder
+
+
+def test_a_reward_that_learns_is_served_as_a_run_has_left_it(tmp_path):
+    run, shown = run_of(Taught(), tmp_path / "run"), pictures()
+    frozen = freeze(Taught(), run)
+    assert not isinstance(frozen, LearnedReward)
+    with running(frozen) as server:
+        found = signal_of(unpack(post(server, message(shown), "taught").content)["verdict"], 3)
+        assert_close(found.values, Taught()(shown).values + 2)
+        said = httpx.get(f"{server.url}/describe").json()["rewards"]["taught"]
+    assert said["frozen"]
+    assert said["about"] == "A reward that learns how much to add."
+    assert said["fingerprint"] != fingerprint("taught", {}, Frozen(Taught(), {"more": torch.ones(1)}))
+
+
+def test_a_run_that_has_not_taught_the_reward_is_named(tmp_path):
+    run = run_of(Redness(), tmp_path / "run")
+    with pytest.raises(ValueError, match="run has taught no reward, not 'taught'"):
+        freeze(Taught(), run)
+    assert isinstance(freeze(Redness(), None), Redness)  # nothing to be learned, and no run needed
 
 
 # A thousand malformed requests

@@ -16,15 +16,20 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from PIL import Image
+from ranks import Brighter
 from servers import Running, pretending, running
 from toys import Brightness, Notes, Redness, ToyFlow, names, source
 
 from mmalign.algorithms.flow_grpo import FlowGRPO
+from mmalign.contracts import LearnedReward, judges_alone
+from mmalign.pairwise import win_rates
 from mmalign.records import Outcome, Prompts, RewardSignal
 from mmalign.rewardmodels import load
 from mmalign.rewardmodels.jpeg import JpegCompressibility
 from mmalign.rewardmodels.remote import Remote
-from mmalign.scoring import RewardError, Scorer
+from mmalign.scoring import RewardError, Scorer, verdict
+from mmalign.serving import Frozen
 from mmalign.testing import check_reward
 from mmalign.trainer import Trainer, TrainingSettings
 from mmalign.wire import dump_signal, pack
@@ -169,6 +174,92 @@ def test_a_request_that_every_server_refuses_is_not_repeated(server):
     assert len(asked) == 1
 
 
+# Judges of pairs
+
+
+class Pairs(Brighter):
+    """Tells which prompts it was asked about."""
+
+    def __init__(self) -> None:
+        super().__init__(both_orders=False)
+        self.asked: list[int] = []
+
+    def prefer(self, prompts, first, second):
+        self.asked += prompts.group.tolist()
+        return super().prefer(prompts, first, second)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 100])
+def test_a_judge_of_pairs_is_sent_whole_groups_wherever_they_lie(batch):
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    shown = Outcome(names(3, 4).take(order), pictures(12).media)
+    with running(Brighter()) as server:
+        remote = Remote("brightness", (server.url,), batch=batch, **QUICK)
+        assert not judges_alone(remote)
+        found, here = verdict(remote, shown)[0], win_rates(Brighter(), shown)[0]
+    assert torch.equal(found.values, here.values)
+    assert [row["consistent"] for row in found.details] == [1.0] * 12
+    with pytest.raises(ValueError, match="compares pairs"), running(Brighter()) as server:
+        load("framewise", of="remote", settings={"reward": "brightness", "servers": (server.url,), **QUICK})
+
+
+def test_verdicts_on_a_group_are_kept_together(tmp_path):
+    judge, shown = Pairs(), Outcome(names(2, 3), pictures(6).media)
+    with running(judge) as server:
+        remote = Remote("brightness", (server.url,), cache=str(tmp_path), **QUICK)
+        first = remote(shown)
+        assert sorted(judge.asked) == [0] * 3 + [1] * 3
+        again = remote(shown)
+        assert len(judge.asked) == 6
+        assert torch.equal(again.values, first.values)
+        media = shown.media.clone()
+        media[5] = 0.0
+        remote(Outcome(shown.prompts, media))
+        assert judge.asked[6:] == [1] * 3  # a group of which one picture is another, and no other group
+
+
+def test_a_group_that_lies_on_several_processes_is_refused():
+    def gather(rows):
+        """Rows of two processes, that hold other members of the same groups."""
+        return torch.cat([rows, rows + torch.tensor([0, 3]) if rows.ndim == 2 else rows])
+
+    with running(Brighter()) as server:
+        remote = Remote("brightness", (server.url,), **QUICK)
+        with pytest.raises(RewardError, match=r"make prompts\.per_iteration a multiple of the processes"):
+            verdict(remote, Outcome(names(2, 3), pictures(6).media), gather)
+
+
+def test_a_run_learns_from_a_judge_elsewhere_as_from_one_here():
+    here, seen = train(Brighter(), 3)
+    with running(Brighter()) as server:
+        found, notes = train(Remote("brightness", (server.url,), batch=2, **QUICK), 3)
+    for step, metrics in seen.metrics.items():
+        assert notes.metrics[step]["reward/brightness/group_std"] == metrics["reward/brightness/group_std"]
+    for mine, theirs in zip(here.learner.parameters, found.learner.parameters, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# Rewards that learn
+
+
+def test_a_critic_that_is_served_scores_as_it_did_and_is_not_trained(tmp_path):
+    for number, picture in enumerate(torch.rand(8, 4, 4, 3, generator=torch.Generator().manual_seed(9))):
+        Image.fromarray((picture * 255).byte().numpy()).save(tmp_path / f"{number}.png")
+    settings = {"references": str(tmp_path), "features": "pixels", "width": 8, "learning_rate": 1e-2}
+    critic, shown = load("adversarial", **settings), pictures(8)
+    critic.fit(shown)
+    with running(Frozen(load("adversarial", **settings), critic.state_dict())) as server:
+        with pytest.warns(RuntimeWarning, match="'adversarial' is served frozen"):
+            remote = Remote("adversarial", (server.url,), **QUICK)
+        before = remote(shown).values
+        assert torch.equal(before, critic(shown).values)
+        assert before.std() > 0
+        assert not isinstance(remote, LearnedReward)
+        _, notes = train(remote, 2)
+        assert torch.equal(remote(shown).values, before)
+    assert not any("/fit/" in name for metrics in notes.metrics.values() for name in metrics)
+
+
 # The cache
 
 
@@ -218,7 +309,7 @@ def test_a_missing_answer_is_not_kept(server, tmp_path):
 
 
 def train(reward, iterations: int, between=lambda iteration: None):
-    algorithm, notes = FlowGRPO(steps=3, clip=1e-2).build({"redness": 1.0}), Notes()
+    algorithm, notes = FlowGRPO(steps=3, clip=1e-2).build({reward.name: 1.0}), Notes()
     settings = TrainingSettings(
         iterations=iterations, learning_rate=1e-3, batch=1000, overlap=2, max_missing=0.0
     )
