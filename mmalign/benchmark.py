@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from time import perf_counter, sleep
 from typing import Any
 
@@ -164,6 +165,45 @@ def measure(config: RunConfig, iterations: int = 4, warmup: int = 1) -> dict[str
         "forwards": counts,
         "peak_memory_bytes": int(metrics["memory/peak_bytes"]),
         "plan": run.plan,
+    }
+
+
+def measure_beside(
+    config: RunConfig, other: RunConfig, iterations: int = 4, warmup: int = 1
+) -> dict[str, Any]:
+    """Seconds of an iteration of two recipes, and how many times the first takes those of the second.
+
+    They take turns, so that a machine that is busy with other things now and then slows down both. What does
+    not happen in every iteration, as MARBLE's looks, is counted rightly where `iterations` is a multiple of
+    its period. Writes no file.
+    """
+    pair = []
+    for one in (config, other):
+        training = replace(one.training, iterations=warmup + iterations, save_every=0, noise_floor="warn")
+        pair.append(assemble(replace(one, training=training), write=False))
+    laps: list[list[dict[str, float]]] = [[], []]
+    for iteration in range(warmup + iterations):
+        for run, own in zip(pair, laps, strict=True):
+            run.trainer.clock.lap()
+            run.trainer.step(iteration)
+            own.append(run.trainer.clock.lap())
+    for run in pair:
+        run.distributed.close()
+    first, second = (own[warmup:] for own in laps)
+    phases = [
+        {name: sum(lap.get(name, 0.0) for lap in own) / iterations for name in dict.fromkeys(chain(*own))}
+        for own in (first, second)
+    ]
+    return {
+        "recipe": config.run.dir.rpartition("/")[2],
+        "beside": other.run.dir.rpartition("/")[2],
+        "device": device_name(pair[0].distributed.device),
+        "threads": torch.get_num_threads(),
+        "iterations": iterations,
+        "samples": [one.prompts.per_iteration * one.prompts.group for one in (config, other)],
+        "phases": phases,
+        "ratio": phases[0]["iteration"] / phases[1]["iteration"],
+        "update_ratio": phases[0]["update"] / phases[1]["update"],
     }
 
 
@@ -377,6 +417,25 @@ def print_writing(result: dict[str, Any]) -> None:
         f"sampling is {result['sampling_gain']:.2f} x as fast as generate; a shared prefix makes the update "
         f"{result['sharing_gain']:.2f} x as fast"
     )
+
+
+def print_beside(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first, second = result["phases"]
+    table = Table(
+        "phase",
+        result["recipe"],
+        result["beside"],
+        title=f"one iteration, the mean of {result['iterations']} in turns, {result['device']}",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, seconds in first.items():
+        table.add_row(name, f"{seconds:.3f} s", f"{second.get(name, 0.0):.3f} s")
+    table.caption = f"an iteration takes {result['ratio']:.3f} x, its update {result['update_ratio']:.3f} x"
+    Console().print(table)
 
 
 def print_overlap(result: dict[str, Any]) -> None:

@@ -248,6 +248,11 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
         metavar="N,N,...",
         help="memory of an iteration with so many denoising steps, and what of it are states that are stored",
     )
+    bench.add_argument(
+        "--beside",
+        metavar="RECIPE",
+        help="another recipe, which takes turns with the first: how many times its seconds an iteration takes",
+    )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     add_overrides(bench)
 
@@ -603,6 +608,10 @@ def benchmark_command(options: argparse.Namespace) -> int:
             lambda: benchmark.measure_overlap(config, options.overlap, options.iterations, options.warmup)
         )
         benchmark.print_overlap(result)
+    elif options.beside is not None:
+        other = early(lambda: load_config(recipe(options.beside), options.overrides))
+        result = early(lambda: benchmark.measure_beside(config, other, options.iterations, options.warmup))
+        benchmark.print_beside(result)
     elif options.steps is not None:
         result = early(lambda: benchmark.measure_steps(config, options.steps))
         benchmark.print_steps(result)

@@ -27,6 +27,7 @@ from mmalign.subjects import chosen_prompts, make, open_policy, open_subject, se
 from mmalign.tracking import METRICS
 
 KL_PROMPTS, KL_STEPS = 64, 10  # how many held-out prompts the divergence is measured on, by how many steps
+BASE, NOTHING = "base", "nothing"  # what an arm may be compared with beside another one
 STOPPED = 143  # as a shell says of a process that SIGTERM ended
 KL, BASE_FILES = "kl.json", (f"{report.BASE}.pt", f"{report.BASE}.json")
 
@@ -61,10 +62,10 @@ class Comparison:
     # What is compared, a path: heldout/SCORE of the trained policy; heldout@NAME/SCORE under one of the extra
     # evaluations; forwards_to/SCORE and seconds_to/SCORE, what `than` spent over what the arm needs for the
     # final score of `than`; report/DOTTED.PATH, a number of report.json; metrics/NAME, the mean of its last
-    # tenth in metrics.jsonl; kl, of the path to the base model.
+    # tenth in metrics.jsonl, and least/NAME, the least that it ever was; kl, of the path to the base model.
     metric: str
     arm: str
-    than: str = "base"  # another arm, or what the arm began with
+    than: str = "base"  # another arm, base: what the arm began with, or nothing: the number itself is meant
     by: float = 0.0  # how much more it must be; 1 is as dear as the other in forwards_to and seconds_to
     lower: bool = False  # less is better: the sign of the difference is turned
     at: Literal["end", "seconds"] = "end"  # seconds: when the faster of the two had ended
@@ -73,8 +74,14 @@ class Comparison:
         kind, _, name = self.metric.partition("/")
         if kind.partition("@")[0] not in KINDS or (not name and kind != "kl"):
             raise ValueError(f"metric must be {' or '.join(PATHS)}, got {self.metric!r}")
-        if self.than == "base" and kind.partition("@")[0] != "heldout":
-            raise ValueError(f"{self.metric} is compared with another arm: set than (the base has none)")
+        if self.than == BASE and kind.partition("@")[0] != "heldout":
+            raise ValueError(
+                f"{self.metric} is compared with another arm, or with {NOTHING}: set than (the base has none)"
+            )
+        if self.than == NOTHING and (kind in ("forwards_to", "seconds_to") or self.at != "end"):
+            raise ValueError(
+                f"{self.metric}: what is reached first needs another arm, than={NOTHING} is none"
+            )
 
 
 PATHS = (
@@ -84,9 +91,10 @@ PATHS = (
     "seconds_to/SCORE",
     "report/PATH",
     "metrics/NAME",
+    "least/NAME",
     "kl",
 )
-KINDS = ("heldout", "forwards_to", "seconds_to", "report", "metrics", "kl")
+KINDS = ("heldout", "forwards_to", "seconds_to", "report", "metrics", "least", "kl")
 
 
 @dataclass(frozen=True)
@@ -121,15 +129,17 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
             raise ValueError("an experiment needs at least one arm and one seed")
-        if len(set(self.seeds)) < len(self.seeds) or "base" in self.arms:
-            raise ValueError(f"seeds must differ, and no arm may be called base, got {list(self.seeds)}")
+        if len(set(self.seeds)) < len(self.seeds) or {BASE, NOTHING} & set(self.arms):
+            raise ValueError(
+                f"seeds must differ, and no arm may be called {BASE} or {NOTHING}, got {list(self.seeds)}"
+            )
         if self.points < 0:
             raise ValueError(f"points must not be negative, got {self.points}")
         if odd := sorted({score for pair in self.frontiers for score in pair} - set(self.scores)):
             raise ValueError(f"frontiers: {odd[0]!r} is none of the scores {list(self.scores)}")
         for one in [c for claim in self.claims for c in claim.holds]:
-            for arm in (one.arm, one.than):
-                if arm not in ("base", *self.arms):
+            for arm, others in ((one.arm, ()), (one.than, (BASE, NOTHING))):
+                if arm not in (*others, *self.arms):
                     raise ValueError(f"claims: there is no arm {arm!r}{nearest(arm, self.arms)}")
             named = one.metric.partition("/")[0].partition("@")[2]
             if named and named not in self.evaluations:

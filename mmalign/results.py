@@ -23,8 +23,8 @@ from mmalign.charts import Line, figure
 from mmalign.comparison import Estimate, Measured
 from mmalign.config import plain
 from mmalign.evaluation import Evaluated, no_nan
-from mmalign.experiments import KL, Comparison, Experiment, extra, folder_of, spent
-from mmalign.report import BASE, TRAINED
+from mmalign.experiments import BASE, KL, NOTHING, Comparison, Experiment, extra, folder_of, spent
+from mmalign.report import TRAINED
 
 Found = Mapping[str, Any]
 
@@ -111,10 +111,15 @@ def in_report(run: Finished, path: str) -> float:
 
 def in_metrics(run: Finished, name: str) -> float:
     """The mean of the last tenth of a training metric."""
-    column = run.files.column(name)
-    if not column:
+    return report.ends(column(run, name))["last"]
+
+
+def column(run: Finished, name: str) -> list[float]:
+    """A training metric over the iterations that have it."""
+    found = run.files.column(name)
+    if not found:
         raise ValueError(f"{run.files.folder}: the run has no metric {name!r}")
-    return report.ends(column)["last"]
+    return found
 
 
 def divergence(run: Finished) -> float:
@@ -137,6 +142,8 @@ def measured(runs: Sequence[Finished], metric: str) -> Measured:
         return once(runs, lambda run: in_report(run, name))
     if kind == "metrics":
         return once(runs, lambda run: in_metrics(run, name))
+    if kind == "least":
+        return once(runs, lambda run: min(column(run, name)))
     return once(runs, divergence)
 
 
@@ -154,9 +161,10 @@ def beginning(runs: Sequence[Finished], metric: str) -> Measured:
 def compare(one: Comparison, runs: Mapping[str, Sequence[Finished]]) -> Estimate:
     """The number that a comparison is about."""
     arm, names = measured(runs[one.arm], one.metric), (one.arm, one.than)
-    than = (
-        beginning(runs[one.arm], one.metric) if one.than == "base" else measured(runs[one.than], one.metric)
-    )
+    if one.than == NOTHING:
+        itself = comparison.curves(arm.last, one.arm)[:, -1]
+        return Estimate.of(-itself if one.lower else itself)
+    than = beginning(runs[one.arm], one.metric) if one.than == BASE else measured(runs[one.than], one.metric)
     if one.metric.startswith(("forwards_to/", "seconds_to/")):
         found = comparison.speedup(arm, than, names, seconds=one.metric.startswith("seconds_to/"))
     else:
@@ -170,7 +178,7 @@ def judged(experiment: Experiment, runs: Mapping[str, Sequence[Finished]]) -> li
     for claim in experiment.claims:
         parts: list[dict[str, Any]] = []
         for one in claim.holds:
-            known = all(runs.get(arm) for arm in (one.arm, one.than) if arm != "base")
+            known = all(runs.get(arm) for arm in (one.arm, one.than) if arm not in (BASE, NOTHING))
             found = compare(one, runs) if known else Estimate(math.nan, math.nan, math.nan)
             parts.append({"what": said(one), "by": one.by, "known": known, **asdict(found)})
         shown = all(part["low"] > part["by"] for part in parts) if all(p["known"] for p in parts) else None
@@ -183,6 +191,8 @@ def said(one: Comparison) -> str:
     kind, _, name = one.metric.partition("/")
     if kind in ("forwards_to", "seconds_to"):
         return f"{kind.removesuffix('_to')} that {one.than} spent, over those {one.arm} needs for its {name}"
+    if one.than == NOTHING:
+        return f"{'minus ' if one.lower else ''}{one.metric} of {one.arm}"
     way = "lower by" if one.lower else "higher by"
     when = ", at equal seconds" if one.at == "seconds" else ""
     return f"{one.metric} of {one.arm}, {way}, than of {one.than}{when}"

@@ -15,6 +15,7 @@ from runs import ROOT, small, tiny
 
 from mmalign.cli import main, parse
 from mmalign.tracking import read
+from mmalign.trainer import Trainer
 
 RECIPE = str(ROOT / "assets/recipes/lab_flow_grpo_fast.yaml")
 
@@ -423,6 +424,29 @@ def test_both_ways_to_wait_for_a_reward_are_measured(tmp_path, capsys):
     assert len(found["shares"]) == 2
     assert min(found["shares"]) <= found["share"] <= max(found["shares"])
     assert "of the blocking iteration" in capsys.readouterr().out
+
+
+def test_two_recipes_take_turns_under_one_clock(tmp_path, capsys, monkeypatch):
+    out, taken, step = tmp_path / "beside.json", [], Trainer.step
+    monkeypatch.setattr(
+        Trainer, "step", lambda run, i: taken.append((len(run.scorer.rewards), i)) or step(run, i)
+    )
+    names = ["--recipe", "lab_gdpo", "--beside", "lab_diffusion_nft"]
+    more = ["--iterations", "2", "--warmup", "1", "--json", str(out), "rewards.sharpness=0.5"]
+    less = [f"rewards.{name}=null" for name in ("clip_score", "artifact", "lab_colors")]
+    assert main(["benchmark", *names, *more, *less, *small(tmp_path / "run")]) == 0
+    assert taken == [(rewards, i) for i in range(3) for rewards in (3, 2)]
+    found = json.loads(out.read_text())
+    first, second = found["phases"]
+    for phases in (first, second):
+        parts = sum(seconds for name, seconds in phases.items() if name != "iteration")
+        assert parts == pytest.approx(phases["iteration"], rel=1e-3)
+    assert found["ratio"] == first["iteration"] / second["iteration"]
+    assert found["update_ratio"] == first["update"] / second["update"]
+    assert "an iteration takes" in capsys.readouterr().out
+    assert "did you mean 'lab_diffusion_nft'" in refused(
+        capsys, "benchmark", "--recipe", "lab_gdpo", "--beside", "lab_difusion_nft"
+    )
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from mmalign.cli import main
 from mmalign.config import ConfigError
 from mmalign.evaluation import Evaluated
 from mmalign.experiments import Comparison, affordable, configure, read_experiment, spent
+from mmalign.report import RunFiles
 
 SCORE = "jpeg_compressibility"
 TINY = {
@@ -114,7 +115,11 @@ def claim(**changes: object) -> list[object]:
         ({"claims": claim(metric="held/soft")}, "metric must be heldout/SCORE or"),
         ({"claims": claim(metric="heldout@mroe/soft")}, "no evaluation 'mroe'; did you mean 'more'?"),
         ({"claims": claim(metric="report/iterations", than="base")}, "set than"),
-        ({"arms": {"base": {"recipe": "lab_awm"}}, "claims": []}, "no arm may be called base"),
+        ({"claims": claim(metric="forwards_to/soft", than="nothing")}, "needs another arm"),
+        ({"claims": claim(at="seconds", than="nothing")}, "needs another arm"),
+        ({"claims": claim(arm="base")}, "there is no arm 'base'"),
+        ({"arms": {"nothing": {"recipe": "lab_awm"}}, "claims": []}, "called base or nothing"),
+        ({"arms": {"base": {"recipe": "lab_awm"}}, "claims": []}, "no arm may be called base or nothing"),
         (
             {"arms": {"a": {"recipe": "lab_amw"}}, "claims": []},
             "no recipe 'lab_amw'; did you mean 'lab_awm'?",
@@ -154,6 +159,70 @@ def test_without_a_budget_an_arm_has_the_iterations_of_its_recipe():
     for name, arm in experiment.arms.items():
         recipe = yaml.safe_load(Path(f"assets/recipes/{arm.recipe}.yaml").read_text())
         assert affordable(experiment, name) == recipe["training"]["iterations"]
+
+
+def finished(seed: int, cosines: list[float | None]) -> results.Finished:
+    """A run with a metric that not every iteration has."""
+    fixed = {"seconds/iteration": 1.0, "forwards/sample": 1, "forwards/train": 1, "forwards/reference": 0}
+    looks = [{} if c is None else {"balance/cosine_worst": c} for c in cosines]
+    rows = [{"step": i, **fixed, **look} for i, look in enumerate(looks)]
+    return results.Finished(RunFiles(Path(f"seed_{seed}"), {}, {}, rows, {}), {})
+
+
+def test_the_least_that_a_metric_was_is_claimed_by_itself():
+    """By hand: the least of each run, their mean, and an interval that ends where both draws are one run."""
+    runs = {
+        "marble": [finished(0, [0.3, None, 0.1, 0.2]), finished(1, [0.5, None, 0.4, None])],
+        "equal": [finished(0, [0.2, None, -0.3, 0.4]), finished(1, [-0.1, None, 0.9, None])],
+    }
+    told = {}
+    for arm, lower in (("marble", False), ("equal", True)):
+        one = Comparison("least/balance/cosine_worst", arm, "nothing", lower=lower)
+        told[results.said(one)] = results.compare(one, runs)
+    above, below = told.values()
+    assert (above.value, above.low, above.high) == pytest.approx((0.25, 0.1, 0.4))
+    assert (below.value, below.low, below.high) == pytest.approx((0.2, 0.1, 0.3))
+    words = ["least/balance/cosine_worst of marble", "minus least/balance/cosine_worst of equal"]
+    assert list(told) == words
+    beside = results.compare(Comparison("least/balance/cosine_worst", "marble", "equal"), runs)
+    assert beside.value == pytest.approx(0.45)
+    with pytest.raises(ValueError, match="no metric 'balance/cosine'"):
+        results.measured(runs["marble"], "least/balance/cosine")
+
+
+@pytest.mark.slow
+def test_the_cosine_of_marble_is_read_from_its_run(tmp_path):
+    """The claims of the project's own file about cosines, on a tiny model with a look at every update."""
+    ours = yaml.safe_load(Path("assets/experiments/marble.yaml").read_text())
+    claims = [c for c in ours["claims"] if c["holds"][0]["metric"].startswith("least/")]
+    rewards = ["lab", "clip_score", "artifact", "lab_colors"]
+    common = [text for text in small(tmp_path) if not text.startswith(("run.dir", "training.iterations"))]
+    common += [
+        *(f"rewards.{name}=null" for name in rewards),
+        "rewards.colorfulness=1.0",
+        "composition.every=1",
+    ]
+    arms = {name: ours["arms"][name] for name in ("marble", "equal")}
+    path = tmp_path / "tiny.yaml"
+    tiny = {
+        "title": "x",
+        "question": "x",
+        "budget": {"iterations": 2},
+        "seeds": [0],
+        "points": 0,
+        "kl": False,
+    }
+    tiny |= {"scores": ["contrast"], "common": common, "arms": arms, "claims": claims}
+    path.write_text(yaml.safe_dump(tiny))
+    assert main(reproduce(tmp_path)) == 0
+    found = json.loads((tmp_path / "page/results/tiny.json").read_text())["claims"]
+    for claim, arm, sign in zip(found, ("marble", "equal"), (1, -1), strict=True):
+        rows = (tmp_path / f"runs/tiny/{arm}/seed_0/metrics.jsonl").read_text().splitlines()
+        least = min(json.loads(row)["balance/cosine_worst"] for row in rows)
+        part = claim["parts"][0]
+        assert part["value"] == part["low"] == pytest.approx(sign * least)
+        assert claim["shown"] is (sign * least > 0)
+    assert found[0]["shown"] is True  # by what the least vector between unit gradients is
 
 
 # Runs
