@@ -25,6 +25,7 @@ from training import trainer
 
 from mmalign.algorithms.diffusion_nft import DiffusionNFT
 from mmalign.algorithms.flow_grpo import FlowGRPO
+from mmalign.assembly import drawn_quickly
 from mmalign.config import load_config
 from mmalign.contracts import LoraSettings, PolicySettings
 from mmalign.data import Prompt, PromptSource
@@ -586,6 +587,20 @@ def test_schedules_of_distilled_models_are_their_own(world):
     assert_close(policy.adapter.sigmas(2, policy.shape), torch.cat([shifted, torch.zeros(1)]))
     with pytest.raises(ValueError, match="sampled in 2 steps, at sigmas of its own; got 3"):
         policy.adapter.sigmas(3, policy.shape)
+
+
+def test_a_schedule_that_ends_early_has_no_single_step_and_rewards_are_tried_on_two(world):
+    policy, prompts = policy_of(world, "QwenImagePipeline"), prompts_of(TEXTS, 1)
+    with pytest.raises(ValueError, match=r"a schedule of 1 steps must fall .*, got \[nan, 0"):
+        policy.images(prompts, 1, KEY)
+    drawn = drawn_quickly(policy, prompts, 8)
+    assert torch.equal(drawn, policy.images(prompts, 2, (0, "probe")))
+    assert drawn.isfinite().all()
+    distilled = policy_of(world, "QwenImage21Pipeline")
+    distilled.adapter.pipeline.register_to_config(sample_sigmas=[1.0, 0.6, 0.3])
+    assert torch.equal(drawn_quickly(distilled, prompts, 3), distilled.images(prompts, 3, (0, "probe")))
+    with pytest.raises(ValueError, match="sampled in 3 steps, at sigmas of its own; got 8"):
+        drawn_quickly(distilled, prompts, 8)
 
 
 @pytest.mark.parametrize(
