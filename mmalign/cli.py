@@ -251,7 +251,7 @@ def parser(wants_help: bool = False) -> argparse.ArgumentParser:
     bench.add_argument(
         "--beside",
         metavar="RECIPE",
-        help="another recipe, which takes turns with the first: how many times its seconds an iteration takes",
+        help="another recipe that takes turns with the first: how many times its seconds an iteration takes",
     )
     bench.add_argument("--json", metavar="FILE", help="write the numbers there")
     add_overrides(bench)

@@ -27,7 +27,7 @@ from mmalign.subjects import chosen_prompts, make, open_policy, open_subject, se
 from mmalign.tracking import METRICS
 
 KL_PROMPTS, KL_STEPS = 64, 10  # how many held-out prompts the divergence is measured on, by how many steps
-BASE, NOTHING = "base", "nothing"  # what an arm may be compared with beside another one
+NOTHING = "nothing"  # what an arm is compared with where its own number is meant
 STOPPED = 143  # as a shell says of a process that SIGTERM ended
 KL, BASE_FILES = "kl.json", (f"{report.BASE}.pt", f"{report.BASE}.json")
 
@@ -74,14 +74,12 @@ class Comparison:
         kind, _, name = self.metric.partition("/")
         if kind.partition("@")[0] not in KINDS or (not name and kind != "kl"):
             raise ValueError(f"metric must be {' or '.join(PATHS)}, got {self.metric!r}")
-        if self.than == BASE and kind.partition("@")[0] != "heldout":
+        if self.than == report.BASE and kind.partition("@")[0] != "heldout":
             raise ValueError(
                 f"{self.metric} is compared with another arm, or with {NOTHING}: set than (the base has none)"
             )
         if self.than == NOTHING and (kind in ("forwards_to", "seconds_to") or self.at != "end"):
-            raise ValueError(
-                f"{self.metric}: what is reached first needs another arm, than={NOTHING} is none"
-            )
+            raise ValueError(f"{self.metric}, at {self.at}, needs another arm: than={NOTHING} is none")
 
 
 PATHS = (
@@ -129,16 +127,16 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
             raise ValueError("an experiment needs at least one arm and one seed")
-        if len(set(self.seeds)) < len(self.seeds) or {BASE, NOTHING} & set(self.arms):
+        if len(set(self.seeds)) < len(self.seeds) or {report.BASE, NOTHING} & set(self.arms):
             raise ValueError(
-                f"seeds must differ, and no arm may be called {BASE} or {NOTHING}, got {list(self.seeds)}"
+                f"seeds must differ, and no arm may be called base or nothing, got {list(self.seeds)}"
             )
         if self.points < 0:
             raise ValueError(f"points must not be negative, got {self.points}")
         if odd := sorted({score for pair in self.frontiers for score in pair} - set(self.scores)):
             raise ValueError(f"frontiers: {odd[0]!r} is none of the scores {list(self.scores)}")
         for one in [c for claim in self.claims for c in claim.holds]:
-            for arm, others in ((one.arm, ()), (one.than, (BASE, NOTHING))):
+            for arm, others in ((one.arm, ()), (one.than, (report.BASE, NOTHING))):
                 if arm not in (*others, *self.arms):
                     raise ValueError(f"claims: there is no arm {arm!r}{nearest(arm, self.arms)}")
             named = one.metric.partition("/")[0].partition("@")[2]

@@ -23,8 +23,8 @@ from mmalign.charts import Line, figure
 from mmalign.comparison import Estimate, Measured
 from mmalign.config import plain
 from mmalign.evaluation import Evaluated, no_nan
-from mmalign.experiments import BASE, KL, NOTHING, Comparison, Experiment, extra, folder_of, spent
-from mmalign.report import TRAINED
+from mmalign.experiments import KL, NOTHING, Comparison, Experiment, extra, folder_of, spent
+from mmalign.report import BASE, TRAINED
 
 Found = Mapping[str, Any]
 

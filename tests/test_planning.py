@@ -64,7 +64,7 @@ REAL = (
 )
 
 
-QUICK = ("hunyuan_dance_grpo", "sd35_diffusion_nft", "wan21_flow_grpo", "z_image_nft")  # others take 10 s to 40
+QUICK = ("hunyuan_dance_grpo", "sd35_diffusion_nft", "wan21_flow_grpo", "z_image_nft")  # others: 10 to 40 s
 
 
 def settings(**given) -> PolicySettings:
