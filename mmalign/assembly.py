@@ -359,10 +359,13 @@ def drawn_quickly(policy: FlowPolicy, prompts: Prompts, steps: int) -> Tensor:
     Qwen-Image and LTX-Video, whose schedules end early, have none of a single step, and distilled models may
     have one alone.
     """
+    drawn: Tensor
     for few in (1, 2):
         with suppress(ValueError):
-            return policy.images(prompts, few, (0, "probe"))
-    return policy.images(prompts, steps, (0, "probe"))
+            drawn = policy.images(prompts, few, (0, "probe"))
+            return drawn
+    drawn = policy.images(prompts, steps, (0, "probe"))
+    return drawn
 
 
 # The folder
