@@ -481,7 +481,7 @@ def probe_command(options: argparse.Namespace) -> int:
     from mmalign import subjects
 
     def look() -> Any:
-        rewards = subjects.make(subjects.named_rewards(options.rewards) or {})
+        rewards = subjects.make_single(subjects.named_rewards(options.rewards) or {})
         return subjects.probe_images(Path(options.images), rewards, options.probes, options.strength)
 
     found = early(look)

@@ -28,7 +28,7 @@ from mmalign.config import (
     section,
     split_override,
 )
-from mmalign.contracts import PolicySettings, RewardModel
+from mmalign.contracts import PolicySettings, RewardModel, judges_alone
 from mmalign.data import Prompt, read_prompts
 from mmalign.distances import Extract, extracted, pixels
 from mmalign.evaluation import (
@@ -197,6 +197,17 @@ def make(rewards: Mapping[str, RewardSettings]) -> list[RewardModel]:
     return [load_reward(name, **reward.settings) for name, reward in rewards.items()]
 
 
+def make_single(rewards: Mapping[str, RewardSettings]) -> list[RewardModel]:
+    """The rewards, each of which judges pictures one by one; ConfigError for one that compares them."""
+    made = make(rewards)
+    for reward in made:
+        if not judges_alone(reward):
+            raise ConfigError(
+                f"reward {reward.name!r} compares pictures of one prompt, and none of a folder by itself"
+            )
+    return made
+
+
 def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]:
     """Scores by side; a folder of images has the one side `images`."""
     place = Path(path)
@@ -214,7 +225,7 @@ def evaluate_all(path: str, options: argparse.Namespace) -> dict[str, Evaluated]
         if not given:
             raise ConfigError("a folder of images needs --rewards NAME [NAME ...] to be scored by")
         extract, pictures = reference_features(options.reference, options.features or "pixels")
-        return {"images": score_images(place, make(given), extract=extract, references=pictures)}
+        return {"images": score_images(place, make_single(given), extract=extract, references=pictures)}
     subject = open_subject(path, options.overrides, options.rewards, options.lora)
     if not subject.rewards:
         raise ConfigError("a plain model brings no rewards: name them by --rewards NAME [NAME ...]")

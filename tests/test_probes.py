@@ -168,3 +168,6 @@ def test_the_command_probes_a_folder(tmp_path, capsys):
     assert "saturation" in capsys.readouterr().out
     assert main([*given, "--probes", "magic"]) == 2
     assert "there is no probe 'magic'" in capsys.readouterr().err
+    for command in ("probe", "evaluate"):
+        assert main([command, str(folder), "--rewards", "contrast", "lab_pairwise"]) == 2
+        assert "'lab_pairwise' compares pictures of one prompt" in capsys.readouterr().err
