@@ -297,9 +297,14 @@ def check_noise(algorithm: Algorithm, seed: int) -> None:
         )
 
 
+def of_captioners(algorithm: Algorithm) -> bool:
+    """Whether the method is one for policies that write."""
+    return algorithm.plans(0, 0) in ([Plan(1)], [Plan(1, given=True)])
+
+
 def check_kind(config: RunConfig, policy: FlowPolicy | CaptionPolicy, algorithm: Algorithm) -> None:
     """Raise ConfigError where the method is of models that draw and the policy writes, or the other way."""
-    texts = algorithm.plans(0, config.training.seed) in ([Plan(1)], [Plan(1, given=True)])
+    texts = of_captioners(algorithm)
     if texts != isinstance(policy, Writes):
         kinds = ("captioners", "flow models") if texts else ("flow models", "captioners")
         raise ConfigError(

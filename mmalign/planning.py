@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mmalign.assembly import check_kind, check_noise, compose, composed, cost_of, derive
+from mmalign.assembly import check_kind, check_noise, compose, composed, cost_of, derive, of_captioners
 from mmalign.autocast import Autocast, Device
 from mmalign.config import ConfigError, RunConfig
 from mmalign.data import PromptSource, read_prompts
@@ -575,6 +575,11 @@ def rehearse(
     weights = {name: reward.schedule for name, reward in config.rewards.items()}
     composer = compose(config, weights, [prompt.text for prompt in source.prompts])
     algorithm = composed(config.algorithm.build(composer.shares), composer)
+    if of_captioners(algorithm):
+        raise ConfigError(
+            f"algorithm.name: {config.method} trains a captioner, and plans without weights are of flow "
+            "models; mmalign train --plan reads its weights"
+        )
     check_noise(algorithm, config.training.seed)
     plans = algorithm.plans(0, config.training.seed)
     try:

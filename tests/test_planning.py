@@ -338,6 +338,14 @@ def test_models_that_nothing_is_known_of_are_named(monkeypatch):
         plan(utilization=0.0)
 
 
+def test_a_recipe_of_a_captioner_is_sent_to_its_weights(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = [f"prompts.{name}=assets/lab/captions/heldout.jsonl" for name in ("file", "heldout_file")]
+    config = load_config("assets/recipes/smolvlm_claimdiff.yaml", given)
+    with pytest.raises(ConfigError, match=r"claimdiff trains a captioner, .* train --plan reads its weights"):
+        rehearse(config)
+
+
 def test_the_command_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     given = ["--config", "assets/recipes/lab_flow_grpo.yaml", "--gpus", "4"]
