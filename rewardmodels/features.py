@@ -29,6 +29,7 @@ from mmalign.rewardmodels.formats import (
 )
 
 Extract = Callable[[Tensor], Tensor]  # pictures [n, 3, H, W] in [0, 1] to features [n, D]
+CPU_PIXELS = 2**18  # that a tower sees at once on a CPU; more do not fit into the caches
 
 
 def load_features(
@@ -84,7 +85,9 @@ class Tower:
             network, told = AutoModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
             if any(key.startswith("pooler.") for key in told["missing_keys"]):
                 network.pooler = None  # it has no weights, as in ViTs of timm
-        self._model: Any = network.to(device, dtype).eval().requires_grad_(False)
+        # Convolutions are faster with the channels last.
+        network = network.to(device, dtype).to(memory_format=torch.channels_last)
+        self._model: Any = network.eval().requires_grad_(False)
         vision = getattr(self._model.config, "vision_config", self._model.config)
         self._device = device
         self._patch: int | None = getattr(vision, "patch_size", None)
@@ -132,11 +135,18 @@ class Tower:
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The features of the whole, [n, D], and what the last layer gives: a map, or [n, tokens, D]."""
+        rows = max(1, CPU_PIXELS // self.size**2) if self._mean.device.type == "cpu" else max(1, len(images))
+        parts = [self._seen(part) for part in torch.split(images, rows)]
+        pooled, last = (torch.cat(part) for part in zip(*parts, strict=True))
+        return pooled, last
+
+    def _seen(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `_look` gives, of as many pictures as are looked at together."""
         size = (self.size, self.size)
         shown = interpolate(images.to(self._device).float(), size, mode="bicubic", antialias=True).clamp(0, 1)
-        seen = (shown - self._mean) / self._std
+        seen = ((shown - self._mean) / self._std).to(self._model.dtype, memory_format=torch.channels_last)
         tower = getattr(self._model, "vision_model", self._model)
-        out = tower(pixel_values=seen.to(self._model.dtype))
+        out = tower(pixel_values=seen)
         pooled = getattr(out, "pooler_output", None)
         found: Tensor = out.last_hidden_state[:, 0] if pooled is None else pooled
         return found.float().flatten(1), out.last_hidden_state

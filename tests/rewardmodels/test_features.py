@@ -131,3 +131,24 @@ def test_any_network_of_timm_gives_its_features(tmp_path, name, settings, side):
         expected = last.flatten(2).transpose(1, 2)
     assert_close(tokens[:, 0], pooled, atol=1e-5, rtol=1e-4)
     assert_close(tokens[:, 1:], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_on_a_cpu_few_pictures_are_looked_at_together_with_what_all_of_them_have(convolutions, monkeypatch):
+    from transformers import ResNetModel
+
+    from mmalign.rewardmodels import features
+
+    extract = load_features(str(convolutions))
+    images, seen = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(1)), []
+    extract.network.register_forward_pre_hook(
+        lambda _, given, named: seen.append(len(named["pixel_values"])), with_kwargs=True
+    )
+    whole = extract.tokens(images)
+    monkeypatch.setattr(features, "CPU_PIXELS", 2 * extract.size**2)
+    parts = extract.tokens(images)
+    assert seen == [5, 2, 2, 1]
+    with torch.no_grad():
+        out = ResNetModel.from_pretrained(convolutions).eval()(pixel_values=images * 2 - 1)
+    for found in (whole, parts):
+        assert_close(found[:, 0], out.pooler_output[:, :, 0, 0])
+        assert_close(found[:, 1:], out.last_hidden_state.flatten(2).transpose(1, 2))
