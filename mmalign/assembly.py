@@ -38,7 +38,7 @@ from mmalign.rewardmodels import load as load_reward
 from mmalign.scoring import Scorer, verdict
 from mmalign.sde import Noise
 from mmalign.subjects import seen_references
-from mmalign.tracking import METRICS, ROLLOUTS, SAMPLES, NoTracker, RunTracker, Tracker
+from mmalign.tracking import METRICS, ROLLOUTS, SAMPLES, NoTracker, RunTracker, Tracker, write_whole
 from mmalign.trainer import AVERAGE, Algorithm, Trainer
 
 CONFIG = "config.yaml"
@@ -146,7 +146,7 @@ class Run:
             },
             "plan": self.plan,
         }
-        path.write_text(json.dumps(facts, indent=1) + "\n")
+        write_whole(path, json.dumps(facts, indent=1) + "\n")
 
 
 def device_name(device: torch.device) -> str:
@@ -401,7 +401,7 @@ def save_config(folder: Path, config: RunConfig, plan: Mapping[str, Any]) -> Non
     text = (
         f"# Resolved settings of this run, mmalign {__version__}.\n{config.to_yaml()}\n# Derived:\n{follows}"
     )
-    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write_whole(folder / CONFIG, text)
 
 
 def changes(folder: Path, config: RunConfig) -> list[str]:

@@ -15,6 +15,7 @@ from mmalign.pictures import STILLS, stills_in
 from mmalign.pipelines.captioner import CaptionPolicy
 from mmalign.records import Prompts
 from mmalign.subjects import Subject, open_policy
+from mmalign.tracking import write_whole
 
 DESCRIBE = "Describe the picture."
 
@@ -42,7 +43,7 @@ def written(out: Path) -> set[tuple[str, int]]:
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise ConfigError(f"--out: {out}, line {number} is no caption; name another file") from error
-            out.write_text("".join(f"{kept}\n" for kept in lines[:-1]), encoding="utf-8")
+            write_whole(out, "".join(f"{kept}\n" for kept in lines[:-1]))
     return known
 
 

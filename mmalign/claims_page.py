@@ -18,6 +18,7 @@ from PIL import Image
 from mmalign.claims import OMISSIONS, find
 from mmalign.grids import data_uri
 from mmalign.pictures import open_picture
+from mmalign.tracking import write_whole
 
 PAGE = "claims.html"
 SIDE = 224  # pixels along the longer side of a picture on the page
@@ -88,10 +89,8 @@ def _mark(claim: Mapping[str, Any], caption: str) -> Marked:
 
 
 def save(told: Sequence[Told], path: Path) -> None:
-    """Write captions to be shown later, at once."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps([asdict(one) for one in told]), encoding="utf-8")
-    beside.replace(path)
+    """Write captions to be shown later."""
+    write_whole(path, json.dumps([asdict(one) for one in told]))
 
 
 def load(path: Path) -> list[Told]:

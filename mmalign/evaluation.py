@@ -12,6 +12,8 @@ import math
 import re
 import textwrap
 import time
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,6 +42,7 @@ from mmalign.pictures import open_picture, still
 from mmalign.randomness import generator
 from mmalign.records import Outcome, Prompts
 from mmalign.scoring import judge as ask
+from mmalign.tracking import write_whole
 
 RESAMPLES = 2000
 POOLED = 16  # diversity looks at pictures of this size
@@ -171,9 +174,7 @@ class Evaluated:
     distances: Distances | None = None  # to reference pictures, where there are some
 
     def save(self, path: Path) -> None:
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(no_nan(asdict(self)), indent=1), encoding="utf-8")
-        beside.replace(path)
+        write_whole(path, json.dumps(no_nan(asdict(self)), indent=1))
 
     @staticmethod
     def load(path: Path) -> Evaluated:
@@ -335,15 +336,18 @@ def verdicts(
     """Ask every reward about every picture or text; one verdict each.
 
     A reward gives its mean over units under its own name, and every number in its details under the name
-    there (with the reward's name before it if two rewards use the same one).
+    there (with the reward's name before it if two rewards use the same one). Of one that has no verdict on
+    some samples a RuntimeWarning tells why.
     """
     found: list[dict[str, float]] = [{} for _ in range(len(prompts))]
     claims: list[tuple[Mapping[str, Any], ...]] = [()] * len(prompts)
     category = [str(extra.get("category") or "") for extra in prompts.extra]
     taken = {reward.name: "" for reward in rewards}
     for reward in rewards:
+        silent: Counter[str] = Counter()
         for rows in batches(len(prompts), batch):
-            signal, _ = ask(reward, Outcome(prompts.take(rows), chosen(media, rows)))
+            signal, reasons = ask(reward, Outcome(prompts.take(rows), chosen(media, rows)))
+            silent += reasons
             for i, (row, mean) in enumerate(zip(rows.tolist(), signal.mean.tolist(), strict=True)):
                 found[row][reward.name] = mean
                 detail = signal.details[i] if signal.details else {}
@@ -355,6 +359,14 @@ def verdicts(
                 told = detail.get("claims")
                 if isinstance(told, list):
                     claims[row] = (*claims[row], *told)
+        if silent:
+            said = "; ".join(f"{count} x {reason}" for reason, count in silent.most_common(3))
+            warnings.warn(
+                f"reward {reward.name!r} has no verdict for {silent.total()} of {len(prompts)} samples "
+                f"({said}). Its scores are those of the others.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     rows_of = zip(found, category, claims, strict=True)
     return [Verdict(values, kind, claims=told) for values, kind, told in rows_of]
 

@@ -20,7 +20,7 @@ from mmalign.evaluation import Evaluated, Score, claims_of, gain, no_nan
 from mmalign.grids import data_uri
 from mmalign.hacking import Parting, partings, trained_on
 from mmalign.health import STATIC_ALARM, STATIC_RISE, STATIC_WINDOW
-from mmalign.tracking import METRICS, SAMPLES, read
+from mmalign.tracking import METRICS, SAMPLES, read, write_whole
 
 EVALUATION, FACTS = "evaluation", "facts.json"
 BASE, TRAINED, AVERAGE = "base", "trained", "average"
@@ -89,9 +89,7 @@ def write(folder: Path) -> dict[str, Any]:
         ("report.html", page(run, result)),
         *((claims_page.PAGE, text) for text in claims_text(run)),
     ):
-        beside = folder / f".{name}.tmp"
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(folder / name)
+        write_whole(folder / name, text)
     return result
 
 

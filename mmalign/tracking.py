@@ -166,6 +166,13 @@ def append(path: Path, rows: Iterable[Mapping[str, object]], anew: bool = False)
         os.fsync(file.fileno())
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one move: a killed run leaves the one before or this one, never a part of it."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file; a last line that a killed run left half written is not one."""
     if not path.is_file():

@@ -146,7 +146,7 @@ def test_two_rewards_with_the_same_detail_keep_both():
     assert set(found[0].values) == {"bright", "strict", "soft", "other", "other.strict", "other.soft"}
 
 
-def test_a_reward_that_fails_on_a_picture_gives_no_verdict_on_it():
+def test_a_reward_that_fails_on_a_picture_gives_no_verdict_on_it_and_says_why():
     class Picky(Brightness):
         def __call__(self, outcome):
             if (outcome.media > 0.7).any():
@@ -154,7 +154,8 @@ def test_a_reward_that_fails_on_a_picture_gives_no_verdict_on_it():
             return super().__call__(outcome)
 
     images = torch.stack([torch.full((3, 4, 4), 0.25), torch.full((3, 4, 4), 0.75)])
-    found = verdicts([Picky()], repeat(PROMPTS, [0, 1], 1), images)
+    with pytest.warns(RuntimeWarning, match=r"'bright' .* 1 of 2 samples \(1 x RuntimeError: too bright\)"):
+        found = verdicts([Picky()], repeat(PROMPTS, [0, 1], 1), images)
     assert found[0].values["bright"] == 0.25
     assert math.isnan(found[1].values["bright"])
 

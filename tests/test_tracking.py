@@ -1,11 +1,22 @@
 import builtins
 import json
 import math
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mmalign.tracking import METRICS, Console, NoTracker, RunTracker, Tracker, line, read, start_wandb
+from mmalign.tracking import (
+    METRICS,
+    Console,
+    NoTracker,
+    RunTracker,
+    Tracker,
+    line,
+    read,
+    start_wandb,
+    write_whole,
+)
 
 
 def tracker(folder, **settings):
@@ -52,6 +63,22 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
     track.resume(1)
     track.log(1, {"x": 2.0})
     assert (tmp_path / METRICS).read_text() == '{"step": 0, "x": 1.0}\n{"step": 1, "x": 2.0}\n'
+
+
+def test_a_text_that_is_killed_on_its_way_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    write_whole(path, "before")
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "after")
+    assert path.read_text() == "before"
+    monkeypatch.undo()
+    write_whole(path, "after")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.yaml", "after")]
 
 
 def test_rollouts_are_written_anew_and_as_often_as_asked(tmp_path):
