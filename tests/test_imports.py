@@ -136,6 +136,13 @@ def test_imports_point_inward():
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+def test_files_that_the_design_names_are_there():
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs/architecture.md").read_text())
+    places = [ROOT, *(ROOT / folder for folder in ("mmalign", "pipelines", "rewardmodels"))]
+    assert len(named) > 20
+    assert [name for name in named if not any((place / name).is_file() for place in places)] == []
+
+
 def test_the_two_outer_folders_have_one_name_each():
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: import mmalign.{name}"

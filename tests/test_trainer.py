@@ -285,21 +285,24 @@ def test_a_clip_range_inside_the_noise_floor_is_refused():
 
 
 class Sick(ClippedRatio):
-    """Its loss is NaN in the calls that are named."""
+    """Its loss, or the gradient of a finite loss, is NaN in the calls that are named."""
 
     calls: list[int] = []  # noqa: RUF012
     bad: set[int] = set()  # noqa: RUF012
+    part = "loss"
 
     def __call__(self, policy: Policy, batch: Minibatch) -> Any:
         losses, measures = super().__call__(policy, batch)
         self.calls.append(0)
-        return (losses * torch.nan if len(self.calls) - 1 in self.bad else losses), measures
+        if len(self.calls) - 1 in self.bad:
+            losses = losses * torch.nan if self.part == "loss" else losses + (0 * losses).abs().sqrt()
+        return losses, measures
 
 
-@pytest.fixture
-def sick():
+@pytest.fixture(params=["loss", "gradient"])
+def sick(request):
     def make(bad: set[int]) -> Any:
-        Sick.calls, Sick.bad = [], bad
+        Sick.calls, Sick.bad, Sick.part = [], bad, request.param
         return lambda a: replace(a, objective=Sick(1e-2, 1e-2))
 
     return make
@@ -326,10 +329,13 @@ def test_a_bad_update_leaves_no_trace_in_weights_average_and_optimizer(sick):
 
 
 def test_too_many_bad_updates_in_a_row_stop_the_run_with_a_diagnosis(sick):
+    found = trainer(replace(FAST, iterations=9, max_bad_steps=3), change=sick({1, 3, 4, 5}))
     with pytest.raises(
-        TrainingError, match=r"3 updates in a row .* loss nan, .* ratio mean 1.*learning_rate"
-    ):
-        trainer(replace(FAST, iterations=9, max_bad_steps=3), change=sick({1, 3, 4, 5})).run()
+        TrainingError, match=r"3 updates in a row .* gradient norm nan, .* ratio mean 1.*learning_rate"
+    ) as said:
+        found.run()
+    assert ("loss nan" in str(said.value)) == (Sick.part == "loss")
+    assert (found.learner.bad, found.learner.updates) == (4, 2)  # the first was not followed by another
 
 
 class Broken(Redness):
