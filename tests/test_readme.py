@@ -1,5 +1,6 @@
 """What the README shows can be typed."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -27,6 +28,17 @@ def test_a_command_is_understood(line, capsys):
 def test_there_is_a_line_for_every_important_command():
     named = {line.split()[1] for line in COMMANDS}
     assert {"train", "sample", "evaluate", "benchmark", "plan", "reproduce"} <= named
+
+
+@pytest.mark.parametrize(
+    ("experiment", "arm", "scores"),
+    [("claimdiff", "claims", ("hallucination", "omission")), ("editing", "nft", ("strict", "change"))],
+)
+def test_figures_are_those_of_the_results(experiment, arm, scores):
+    arms = json.loads((ROOT / f"docs/results/{experiment}.json").read_text())["arms"]
+    for found in (arms[arm]["scores"][score] for score in scores):
+        for value in (found["base"], found["trained"]["value"]):
+            assert f"{100 * value:.1f} %" in README
 
 
 def test_links_lead_somewhere():
