@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -107,7 +108,10 @@ def load(
     family = getattr(importlib.import_module(module), name)
     try:
         adapter: FlowAdapter = family(settings)
-    except (OSError, ValueError) as error:
+        check_words(adapter.pipeline.components)
+    except ImportError:
+        raise  # it names what is to be installed
+    except Exception as error:  # of files that were cut off libraries raise errors of any kind
         raise ValueError(f"policy.model: {settings.model} does not load as a pipeline: {error}") from error
     return FlowPolicy(adapter, settings, noise, device, split=split, chunk=settings.chunk, seed=seed)
 
@@ -120,9 +124,26 @@ def caption_adapter(settings: PolicySettings) -> CaptionAdapter:
         kind: str = AutoConfig.from_pretrained(settings.model).model_type
         module, _, name = CAPTION_ADAPTERS.get(kind, "mmalign.pipelines.vlm:VisionLanguage").partition(":")
         adapter: CaptionAdapter = getattr(importlib.import_module(module), name)(settings)
+        check_words({"tokenizer": adapter.tokenizer})
         return adapter
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise  # it names what is to be installed
+    except Exception as error:  # of files that were cut off libraries raise errors of any kind
         raise ValueError(f"policy.model: {settings.model} does not load as a captioner: {error}") from error
+
+
+def check_words(parts: Mapping[str, object]) -> None:
+    """ValueError where a tokenizer among the parts of a model has no words.
+
+    transformers makes one of its special tokens alone where the files are not there.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    for name, part in parts.items():
+        words = getattr(part, "tokenizer", part)  # a processor has one
+        # T5's has a space as well.
+        if isinstance(words, PreTrainedTokenizerBase) and len(words) <= len(set(words.all_special_ids)) + 1:
+            raise ValueError(f"its {name} has no words; are its files there?")
 
 
 def hide_bars() -> None:

@@ -331,7 +331,7 @@ def other_vae(settings: PolicySettings, index: Mapping[str, Any], name: str = "v
     kind = getattr(diffusers, index[name][1])
     try:
         vae = kind.from_pretrained(settings.vae, torch_dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as of `load`
         raise ValueError(f"policy.vae: {settings.vae} does not load as {kind.__name__}: {error}") from error
     own = kind.load_config(settings.model, subfolder=name)
     for size in ("latent_channels", "block_out_channels", "scaling_factor", "shift_factor"):

@@ -138,8 +138,9 @@ def policy_of(world, name: str, noise=None, **settings):
     """A policy over a family; what was read from disk once is copied."""
     policy, ours = settings_of(world, name, **settings), world(name)[-1]
     if not ours:
+        kind = type(load(policy, Noise()).adapter)  # first, for settings may be refused
         ours["pipeline"] = load(replace(policy, lora=LoraSettings(0), shift=None), Noise()).adapter.pipeline
-        ours["kind"] = type(load(policy, Noise()).adapter)
+        ours["kind"] = kind
     adapter = ours["kind"](policy, copy.deepcopy(ours["pipeline"]))
     return FlowPolicy(adapter, policy, noise or Noise())
 

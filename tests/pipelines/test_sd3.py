@@ -1,6 +1,7 @@
 """What SD3 has besides its row in test_families.py; bad models are refused in plain words."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,24 @@ def test_an_unknown_pipeline_names_the_known_ones(tmp_path):
 def test_a_pipeline_with_missing_parts_is_refused(tiny, tmp_path):
     (tmp_path / "model_index.json").write_text((tiny / "model_index.json").read_text())
     with pytest.raises(ValueError, match=r"policy.model: .* does not load as a pipeline"):
+        load(settings_of(tmp_path), Noise())
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_weights_that_were_cut_off_are_refused(tiny, tmp_path, part):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    (weights,) = (tmp_path / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"policy.model: .* does not load as a pipeline: \S"):
+        load(settings_of(tmp_path), Noise())
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_3"])
+def test_a_tokenizer_without_files_is_refused(tiny, tmp_path, name):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / name).iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=rf"does not load as a pipeline: its {name} has no words"):
         load(settings_of(tmp_path), Noise())
 
 
