@@ -32,7 +32,12 @@ def test_there_is_a_line_for_every_important_command():
 
 @pytest.mark.parametrize(
     ("experiment", "arm", "scores"),
-    [("claimdiff", "claims", ("hallucination", "omission")), ("editing", "nft", ("strict", "change"))],
+    [
+        ("claimdiff", "claims", ("hallucination", "omission")),
+        ("editing", "nft", ("strict", "change")),
+        ("video", "clips", ("direction",)),
+        ("video", "frames", ("direction",)),
+    ],
 )
 def test_figures_are_those_of_the_results(experiment, arm, scores):
     arms = json.loads((ROOT / f"docs/results/{experiment}.json").read_text())["arms"]
